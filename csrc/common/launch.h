@@ -1,0 +1,89 @@
+// Launching kernels: on the device's current stream, on the device of the tensors, errors checked.
+//
+//   grace::launch(kernel<T>, {grid, block, shared_bytes}, device_of(x), arguments...);
+//
+// With GRACE_EMULATE the same call runs the kernel on the CPU, every CUDA thread a fiber.
+#pragma once
+
+#include <cstddef>
+#include <sstream>
+#include <stdexcept>
+
+#include "common/tensor.h"
+
+#if defined(GRACE_EMULATE)
+#include "emulation/cuda.h"
+#define GRACE_DYNAMIC_SHARED(name) unsigned char* name = grace::emulation::dynamic_shared()
+#else
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+#define GRACE_DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+// Sits behind USE_CUDA in torch's headers, and a CPU-only libtorch lacks it: weak, so that a build
+// with CUDA kernels still imports there.
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+#endif
+
+namespace grace {
+
+struct LaunchShape {
+  dim3 grid;
+  dim3 block;
+  size_t shared_bytes = 0;
+};
+
+constexpr int kWarpSize = 32;
+
+template <typename Integer>
+GRACE_HOST_DEVICE constexpr Integer ceil_div(Integer a, Integer b) {
+  return (a + b - 1) / b;
+}
+
+#if defined(GRACE_EMULATE)
+
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), const LaunchShape& shape, int /*device*/,
+            Arguments... arguments) {
+  emulation::run(shape.grid, shape.block, shape.shared_bytes,
+                 [&] { kernel(static_cast<Parameters>(arguments)...); });
+}
+
+inline int device_of(const Tensor&) { return 0; }
+
+#else
+
+inline void check_cuda(cudaError_t status, const char* what) {
+  if (status == cudaSuccess) return;
+  std::ostringstream message;
+  message << "grace: " << what << " failed: " << cudaGetErrorString(status);
+  throw std::runtime_error(message.str());
+}
+
+inline cudaStream_t current_stream(int device) {
+  void* stream = nullptr;
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
+                  "grace: this torch has no CUDA support");
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), const LaunchShape& shape, int device,
+            Arguments... arguments) {
+  if (shape.grid.x == 0 || shape.grid.y == 0 || shape.grid.z == 0) return;
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  if (shape.shared_bytes > 48 * 1024) {
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(shape.shared_bytes)),
+               "setting a kernel's shared memory");
+  }
+  kernel<<<shape.grid, shape.block, shape.shared_bytes, current_stream(device)> > >(
+      static_cast<Parameters>(arguments)...);
+  check_cuda(cudaGetLastError(), "launching a kernel");
+}
+
+inline int device_of(const Tensor& tensor) { return tensor.get_device_index(); }
+
+#endif
+
+}  // namespace grace

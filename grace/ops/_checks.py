@@ -1,0 +1,40 @@
+"""Argument checks that ops share. Messages name the op, the argument, what is allowed and what came."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def require(condition: bool, op: str, argument: str, allowed: str, got: object) -> None:
+    """Raises ``ValueError("<op>: <argument> must <allowed>, got <got>")`` unless ``condition``."""
+    if not condition:
+        raise ValueError(f"{op}: {argument} must {allowed}, got {got}")
+
+
+def require_dims(op: str, argument: str, tensor: Tensor, dims: int) -> None:
+    """Requires ``tensor`` to have ``dims`` dimensions."""
+    if tensor.dim() != dims:
+        shape = list(tensor.shape)
+        raise ValueError(f"{op}: {argument} must have {dims} dimensions, got shape {shape}")
+
+
+def require_floating(op: str, argument: str, tensor: Tensor) -> None:
+    """Requires a dtype that the op's kernels on the tensor's device take; float64 off the GPU only."""
+    allowed = KERNEL_DTYPES if tensor.is_cuda else (*KERNEL_DTYPES, torch.float64)
+    if tensor.dtype not in allowed:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+        raise ValueError(f"{op}: {argument} must be one of {names}, got {tensor.dtype}")
+
+
+def require_same_device(op: str, first: str, a: Tensor, second: str, b: Tensor) -> None:
+    """Requires two arguments to lie on one device."""
+    if a.device != b.device:
+        raise ValueError(f"{op}: {second} must be on {first}'s device {a.device}, got {b.device}")
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that references compute in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,60 @@
+"""Fixtures that all tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import grace.ops  # noqa: F401 (defines the ops)
+from grace import _library
+
+DATA = Path(__file__).parent / "data"
+_EMULATED = Path(_library.__file__).with_name("_emulated.so")
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The CUDA kernels of all ops: on a GPU, or run on the CPU by the emulation."""
+
+    namespace: str
+    device: str
+
+    def __getattr__(self, op: str) -> Callable[..., Any]:
+        return getattr(getattr(torch.ops, self.namespace), op)
+
+    def put(self, *values: Any) -> list[Any]:
+        """The values with every tensor moved to the kernels' device."""
+        return [v.to(self.device) if isinstance(v, Tensor) else v for v in values]
+
+
+def _load_emulated() -> Kernels:
+    if not _EMULATED.exists():
+        pytest.skip("the emulated kernels are not built (GRACE_EMULATION=ON, as `make build` does)")
+    if not hasattr(torch.ops.grace_emulated, "fake_quant"):
+        for name, schema in _library.schemas().items():
+            torch.library.define(f"grace_emulated::{name}", schema)
+        torch.ops.load_library(str(_EMULATED))
+    return Kernels("grace_emulated", "cpu")
+
+
+@pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
+def kernels(request: pytest.FixtureRequest) -> Kernels:
+    """Every CUDA kernel under test, once emulated on the CPU and once on a GPU where there is one."""
+    if request.param == "emulated":
+        return _load_emulated()
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    if _library.kernel_for("fake_quant", "cuda") != "compiled":
+        pytest.skip("grace is built without CUDA kernels")
+    return Kernels("grace", "cuda")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
