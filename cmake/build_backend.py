@@ -8,8 +8,8 @@ none does the isolated build ask for one, the oldest release that the extension 
 from __future__ import annotations
 
 import find_torch
-from scikit_build_core.setuptools.build_meta import *  # noqa: F403
 from scikit_build_core.setuptools import build_meta as _plugin
+from scikit_build_core.setuptools.build_meta import *  # noqa: F403
 
 _OLDEST_TORCH = "torch==2.11.0"
 

@@ -23,7 +23,7 @@ _loaded = False
 
 
 def define(name: str, schema: str) -> None:
-    """Defines the op ``grace::<name>`` with ``schema``, e.g. ``"(Tensor x, int bits) -> Tensor"``."""
+    """Defines the op ``grace::<name>``; a schema reads ``"(Tensor x, int bits) -> Tensor"``."""
     torch.library.define(f"{NAMESPACE}::{name}", schema)
     _schemas[name] = schema
 
@@ -72,7 +72,7 @@ def load() -> bool:
 
 
 def build_info() -> dict[str, str]:
-    """How the library was built: torch, cuda, cuda_archs, compiler, build_type; empty if it was not."""
+    """The build's torch, cuda, cuda_archs, compiler and build_type; empty without a build."""
     try:
         return importlib.import_module("grace._build").build_info()
     except ModuleNotFoundError:
@@ -80,7 +80,7 @@ def build_info() -> dict[str, str]:
 
 
 def kernel_for(name: str, device: str) -> str:
-    """``"compiled"`` or ``"reference"``: what ``grace::<name>`` runs on ``device`` (cpu or cuda)."""
+    """What ``grace::<name>`` runs on ``device`` (cpu, cuda): ``"compiled"`` or ``"reference"``."""
     key = {"cpu": "CPU", "cuda": "CUDA"}[device]
     compiled = torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key)
     return "compiled" if compiled else "reference"

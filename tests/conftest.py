@@ -45,7 +45,7 @@ def _load_emulated() -> Kernels:
 
 @pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
 def kernels(request: pytest.FixtureRequest) -> Kernels:
-    """Every CUDA kernel under test, once emulated on the CPU and once on a GPU where there is one."""
+    """The CUDA kernels, once emulated on the CPU and once on a GPU where there is one."""
     if request.param == "emulated":
         return _load_emulated()
     if not torch.cuda.is_available():

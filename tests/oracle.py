@@ -1,8 +1,8 @@
 """The one rule by which every op is compared with the truth, on every device and dtype.
 
-Truth is the op's reference in float64 on the same (already rounded) inputs. A result passes when its
-error is at most twice the error of the reference in the working dtype, plus the rounding of the
-result itself to that dtype. The message gives both numbers and the worst place.
+Truth is the op's reference in float64 on the same (already rounded) inputs. A result passes when
+its error is at most twice the error of the reference in the working dtype, plus the rounding of
+the result itself to that dtype. The message gives both numbers and the worst place.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def to_double(*values: object) -> tuple[object, ...]:
 
 
 def error_of(actual: Tensor, exact: Tensor) -> Tensor:
-    """|actual − exact|, with a NaN on one side only, or infinities that differ, counted as infinite."""
+    """|actual − exact|; infinite where only one side is NaN or infinities differ."""
     actual, exact = actual.detach().double().cpu(), exact.detach().double().cpu()
     same = (actual == exact) | (actual.isnan() & exact.isnan())
     return torch.where(same, 0.0, (actual - exact).abs().nan_to_num(nan=torch.inf))
@@ -43,7 +43,7 @@ def assert_accurate(
     worst = int(error.argmax())
     place = [int(i) for i in torch.unravel_index(torch.tensor(worst), error.shape)]
     assert error.max().item() <= allowed, (
-        f"{name}: error {error.max().item():.3e} at {place}, allowed {allowed:.3e} (reference's own "
-        f"{own.max().item():.3e}); got {actual.flatten()[worst].item()!r}, "
+        f"{name}: error {error.max().item():.3e} at {place}, allowed {allowed:.3e} "
+        f"(reference's own {own.max().item():.3e}); got {actual.flatten()[worst].item()!r}, "
         f"exact {exact.flatten()[worst].item()!r}"
     )

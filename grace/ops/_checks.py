@@ -1,4 +1,4 @@
-"""Argument checks that ops share. Messages name the op, the argument, what is allowed and what came."""
+"""Argument checks that ops share: messages name op, argument, what is allowed and what came."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def require_dims(op: str, argument: str, tensor: Tensor, dims: int) -> None:
 
 
 def require_floating(op: str, argument: str, tensor: Tensor) -> None:
-    """Requires a dtype that the op's kernels on the tensor's device take; float64 off the GPU only."""
+    """Requires a dtype that the kernels on the tensor's device take; float64 off the GPU only."""
     allowed = KERNEL_DTYPES if tensor.is_cuda else (*KERNEL_DTYPES, torch.float64)
     if tensor.dtype not in allowed:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)

@@ -1,4 +1,4 @@
-"""fake_quant: kernels and reference against each other, float64, the published numbers, properties."""
+"""fake_quant: kernels and reference against float64 and the published numbers; properties."""
 
 from __future__ import annotations
 
