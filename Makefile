@@ -53,9 +53,9 @@ $(STAMPS)/build: $(STAMPS)/venv $(SOURCES)
 	@touch $@
 
 $(STAMPS)/test: $(STAMPS)/build
-	$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[test]"
+	$(PIP) install -q -c constraints.txt --group test
 	@touch $@
 
 $(STAMPS)/dev: $(STAMPS)/test
-	$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[dev]"
+	$(PIP) install -q -c constraints.txt --group dev
 	@touch $@
