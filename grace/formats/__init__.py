@@ -1,0 +1,1 @@
+"""Formats on disk: how codes and scales are written to files that other programs read."""

@@ -1,0 +1,214 @@
+"""`PackedLinear`: a linear layer that runs at 4 or 8 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from grace.formats import compressed_tensors
+from grace.formats.compressed_tensors import TENSORS, Scheme
+from grace.nn._keep_dtype import keep_dtype
+from grace.ops.dequant_gemm import dequant_gemm
+from grace.packing import pack, unpack
+
+
+class PackedLinear(nn.Module):
+    """``y = x · (codes · scales)ᵀ + bias`` through `grace.ops.dequant_gemm`, for inference.
+
+    In memory the weight lies in the layout of `grace.packing` (buffers ``qweight`` and ``scales``);
+    in a state dict it is always three compressed-tensors tensors, bit for bit the same codes and
+    scales, so that what `save_pretrained` writes is what other programs read.
+
+    A layer made by the constructor has no weights yet: it holds the three tensors of the format,
+    empty, for a loader to fill in; `pack_` then brings them into the packed layout.
+
+    Raises:
+        ValueError: bits other than 4 and 8, or a group size that is not -1 and does not divide
+            in_features.
+    """
+
+    qweight: Tensor | None
+    scales: Tensor | None
+    weight_packed: Tensor | None
+    weight_scale: Tensor | None
+    weight_shape: Tensor | None
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        *,
+        bits: int = 4,
+        group_size: int = 128,
+        scale_dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.bits, self.group_size = bits, group_size
+        shapes = compressed_tensors.shapes(out_features, in_features, self.scheme, "PackedLinear")
+        dtypes = (torch.int32, scale_dtype, torch.int64)
+        for name, kind in zip(TENSORS, dtypes, strict=True):
+            self.register_buffer(name, torch.empty(shapes[name], device=device, dtype=kind))
+        # Not in state dicts: there the weight has its format's names.
+        self.register_buffer("qweight", None, persistent=False)
+        self.register_buffer("scales", None, persistent=False)
+        empty = torch.empty(out_features, device=device, dtype=dtype) if bias else None
+        self.bias = None if empty is None else nn.Parameter(empty, requires_grad=False)
+
+    @classmethod
+    def from_codes(
+        cls,
+        codes: Tensor,
+        scales: Tensor,
+        bias: Tensor | None = None,
+        bits: int = 4,
+        group_size: int = 128,
+    ) -> PackedLinear:
+        """Packs a weight given by its codes and scales.
+
+        Args:
+            codes: int8 [N, K], within [-2^(bits-1), 2^(bits-1) - 1].
+            scales: [N, G] in bfloat16, float16 or float32; kept as they are.
+            bias: [N] or None.
+            bits: 4 or 8.
+            group_size: K/G, or -1 for one group a row.
+
+        Raises:
+            ValueError: shapes, dtypes or codes outside of the above.
+        """
+        rows, columns = codes.shape
+        layer = cls(columns, rows, bits=bits, group_size=group_size, device="meta")
+        layer._set(codes, scales)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        return layer.eval()
+
+    @property
+    def scheme(self) -> Scheme:
+        """Bits and group size."""
+        return Scheme(self.bits, self.group_size)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the weight is there, in the packed layout."""
+        return self.qweight is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` [..., in_features] → [..., out_features], in the dtype of ``x``."""
+        qweight, scales = self._packed()
+        return dequant_gemm(
+            x,
+            qweight,
+            scales,
+            None if self.bias is None else self.bias.to(x.dtype),
+            bits=self.bits,
+            group_size=self.group_size,
+            out_features=self.out_features,
+        )
+
+    def unpack(self) -> tuple[Tensor, Tensor]:
+        """(codes int8 [out_features, in_features], scales [out_features, groups]), exactly."""
+        qweight, scales = self._packed()
+        return unpack(
+            qweight,
+            scales,
+            self.bits,
+            group_size=self.group_size,
+            in_features=self.in_features,
+            out_features=self.out_features,
+        )
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """``codes · scales`` [out_features, in_features]: exact in float32, then rounded once."""
+        codes, scales = self.unpack()
+        grouped = codes.float().view(self.out_features, scales.shape[1], -1)
+        return (grouped * scales.float().unsqueeze(-1)).flatten(1).to(dtype)
+
+    @torch.no_grad()
+    def pack_(self, name: str = "PackedLinear") -> PackedLinear:
+        """Brings the tensors that a loader filled in into the packed layout, and lets them go.
+
+        Args:
+            name: what messages call the layer.
+
+        Raises:
+            ValueError: tensors that do not fit this layer, its bits or its group size.
+        """
+        self._set_encoded({key: getattr(self, key) for key in TENSORS}, name)
+        return self
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows of the layer."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, bits={self.bits}, group_size={self.group_size}"
+        )
+
+    def _packed(self) -> tuple[Tensor, Tensor]:
+        if self.qweight is None or self.scales is None:
+            raise ValueError("PackedLinear: weights must be loaded before use, got none")
+        return self.qweight, self.scales
+
+    def _set(self, codes: Tensor, scales: Tensor) -> None:
+        groups = self.in_features // (
+            self.in_features if self.group_size == -1 else self.group_size
+        )
+        if tuple(scales.shape) != (self.out_features, groups):
+            raise ValueError(
+                f"PackedLinear: scales must be [{self.out_features}, {groups}], "
+                f"got {list(scales.shape)}"
+            )
+        self.qweight, self.scales = pack(codes, scales, self.bits)
+        self.weight_packed = self.weight_scale = self.weight_shape = None
+
+    def _set_encoded(self, tensors: Mapping[str, Tensor], name: str) -> None:
+        codes, scales = compressed_tensors.decode(tensors, self.scheme, name)
+        if tuple(codes.shape) != (self.out_features, self.in_features):
+            raise ValueError(
+                f"PackedLinear: {name}.weight_shape must be "
+                f"[{self.out_features}, {self.in_features}], got {list(codes.shape)}"
+            )
+        self._set(codes, scales)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
+        kept = keep_dtype(fn, self.scales, self.weight_scale)
+        return cast(PackedLinear, super()._apply(kept, recurse))
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.is_packed:
+            encoded = compressed_tensors.encode(*self.unpack(), self.bits)
+            destination.update({prefix + name: tensor for name, tensor in encoded.items()})
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        names = {prefix + name: name for name in TENSORS}
+        given = {own: state_dict[key] for key, own in names.items() if key in state_dict}
+        if len(given) == len(TENSORS):
+            held = self.qweight if self.is_packed else self.weight_packed
+            if held is not None and not held.is_meta:
+                given = {name: tensor.to(held.device) for name, tensor in given.items()}
+            self._set_encoded(given, prefix.removesuffix("."))
+        elif self.is_packed:
+            missing_keys.extend(key for key, own in names.items() if own not in given)
+        rest = {key: value for key, value in state_dict.items() if key not in names}
+        super()._load_from_state_dict(
+            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )

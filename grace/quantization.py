@@ -1,0 +1,184 @@
+"""Which linears are quantized, and the two steps: `quantize` to train, `pack` to run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from grace.formats import compressed_tensors_config
+from grace.formats.compressed_tensors import BITS
+from grace.log_scale import init_log_scale
+from grace.nn import FakeQuantLinear, PackedLinear
+from grace.ops.fake_quant import groups_of
+
+__all__ = ["decoder_linears", "init_log_scale", "pack", "quantize"]
+
+QAT_METHOD = "grace"  # quant_method of a checkpoint that is still in training
+
+
+def quantize(
+    model: nn.Module,
+    bits: int = 4,
+    group_size: int = 128,
+    skip: Sequence[str] | str | None = None,
+    *,
+    scale_dtype: torch.dtype | None = torch.bfloat16,
+    init: str = "mse",
+) -> list[str]:
+    """Replaces the linears of the language model's decoder layers by `FakeQuantLinear`, in place.
+
+    Vision tower, projector, embeddings and lm_head stay as they are; weights and biases are shared
+    with the linears replaced, not copied. The model's config, where it has one, records what was
+    done, so that a saved model loads as it was.
+
+    Args:
+        model: a causal or vision-language model of transformers, or any module with an embedding
+            and a ModuleList of decoder layers.
+        bits: 2 to 8.
+        group_size: columns that share a scale; -1: a whole row.
+        skip: regexes; a linear whose name one of them finds (`re.search`) stays as it is.
+        scale_dtype: grid of the scales; None keeps them float32.
+        init: method of `init_log_scale`.
+
+    Returns:
+        Names of the linears replaced.
+
+    Raises:
+        ValueError: bits, group size or method not allowed, a layer that group_size does not divide,
+            a regex that matches nothing, no linear to quantize. The model is then unchanged.
+    """
+    linears = _select(decoder_linears(model), [skip] if isinstance(skip, str) else skip or ())
+    for name, linear in linears.items():
+        groups_of(f"quantize: {name}", linear.in_features, bits, group_size)
+    layers = {
+        name: FakeQuantLinear.from_linear(linear, bits, group_size, scale_dtype, init)
+        for name, linear in linears.items()
+    }
+    for name, layer in layers.items():
+        model.set_submodule(name, layer)
+    _record(model, qat_config(model))
+    return list(layers)
+
+
+def pack(model: nn.Module) -> list[str]:
+    """Replaces every `FakeQuantLinear` by a `PackedLinear` of the same codes and scales, in place.
+
+    Returns:
+        Names of the layers replaced.
+
+    Raises:
+        ValueError: a layer of neither 4 nor 8 bits, linears that servers fuse with unlike schemes,
+            or nothing to pack. The model is then unchanged.
+    """
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, FakeQuantLinear)}
+    if not layers:
+        raise ValueError("pack: model must hold FakeQuantLinear layers, got none")
+    for name, layer in layers.items():
+        if layer.bits not in BITS:
+            raise ValueError(f"pack: bits of {name} must be 4 or 8, got {layer.bits}")
+    config = packed_config(model)
+    for name, layer in layers.items():
+        packed = PackedLinear.from_codes(
+            *layer.quantize(), layer.bias, bits=layer.bits, group_size=layer.group_size
+        )
+        model.set_submodule(name, packed)
+    _record(model, config)
+    return list(layers)
+
+
+def decoder_linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """The `nn.Linear` modules inside the decoder layers of the model's language model, by name.
+
+    The language model is the module that holds the token embedding; its decoder layers are the
+    ModuleList with the most linears in it.
+
+    Raises:
+        ValueError: there is no such ModuleList.
+    """
+    prefix, owner = _embedding_owner(model)
+    layers = max(_module_lists(owner), key=lambda item: _layer_count(item[1]), default=None)
+    if layers is None or not _layer_count(layers[1]):
+        raise ValueError(
+            "quantize: model must have a ModuleList of decoder layers with linears beside its "
+            f"token embedding, got {type(model).__name__}"
+        )
+    prefix = ".".join(part for part in (prefix, layers[0]) if part)
+    return {f"{prefix}.{name}": linear for name, linear in _linears(layers[1]).items()}
+
+
+def _embedding_owner(model: nn.Module) -> tuple[str, nn.Module]:
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    for name, module in model.named_modules():
+        children = list(module.children())
+        if embedding is None and any(isinstance(child, nn.Embedding) for child in children):
+            return name, module
+        if embedding is not None and any(child is embedding for child in children):
+            return name, module
+    raise ValueError(f"quantize: model must have a token embedding, got {type(model).__name__}")
+
+
+def _module_lists(owner: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
+    """ModuleLists beside the embedding, or, where there is none, anywhere below its owner."""
+    direct = [(n, m) for n, m in owner.named_children() if isinstance(m, nn.ModuleList)]
+    below = ((n, m) for n, m in owner.named_modules() if isinstance(m, nn.ModuleList))
+    yield from direct if any(_layer_count(layers) for _, layers in direct) else below
+
+
+def _layer_count(module: nn.Module) -> int:
+    return sum(isinstance(m, nn.Linear | FakeQuantLinear | PackedLinear) for m in module.modules())
+
+
+def _linears(module: nn.Module) -> dict[str, nn.Linear]:
+    # Subclasses of nn.Linear mean something else (or are quantized already): only linears proper.
+    return {n: m for n, m in module.named_modules() if type(m) is nn.Linear}
+
+
+def _select(linears: Mapping[str, nn.Linear], skip: Sequence[str]) -> dict[str, nn.Linear]:
+    for pattern in skip:
+        if not any(re.search(pattern, name) for name in linears):
+            raise ValueError(f"quantize: skip must match linears of the model, got {pattern!r}")
+    kept = {n: m for n, m in linears.items() if not any(re.search(p, n) for p in skip)}
+    if not kept:
+        raise ValueError(f"quantize: skip must leave linears to quantize, got {list(skip)}")
+    return kept
+
+
+def qat_config(model: nn.Module) -> dict[str, Any]:
+    """The ``quantization_config`` of a model in training: what `from_pretrained` rebuilds."""
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, FakeQuantLinear):
+            dtype = None if module.scale_dtype is None else str(module.scale_dtype).split(".")[-1]
+            groups.setdefault((module.bits, module.group_size, dtype), []).append(name)
+    return {
+        "quant_method": QAT_METHOD,
+        "groups": [
+            {"bits": bits, "group_size": size, "scale_dtype": dtype, "modules": names}
+            for (bits, size, dtype), names in groups.items()
+        ],
+    }
+
+
+def packed_config(model: nn.Module) -> dict[str, Any]:
+    """The compressed-tensors ``quantization_config`` of a model with low-bit layers of any kind.
+
+    Raises:
+        ValueError: as `grace.formats.compressed_tensors_config.make_config`.
+    """
+    quantized = {
+        name: compressed_tensors_config.Scheme(module.bits, module.group_size)
+        for name, module in model.named_modules()
+        if isinstance(module, FakeQuantLinear | PackedLinear)
+    }
+    return compressed_tensors_config.make_config(
+        quantized, [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    )
+
+
+def _record(model: nn.Module, quantization_config: dict[str, Any]) -> None:
+    if hasattr(model, "config"):
+        model.config.quantization_config = quantization_config
