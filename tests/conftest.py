@@ -20,7 +20,7 @@ _EMULATED = Path(_library.__file__).with_name("_emulated.so")
 
 @dataclass(frozen=True)
 class Kernels:
-    """The CUDA kernels of all ops: on a GPU, or run on the CPU by the emulation."""
+    """The compiled ops of one device; ``grace_emulated`` runs the CUDA kernels on the CPU."""
 
     namespace: str
     device: str
@@ -43,9 +43,11 @@ def _load_emulated() -> Kernels:
     return Kernels("grace_emulated", "cpu")
 
 
-@pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(params=["cpu", "emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
 def kernels(request: pytest.FixtureRequest) -> Kernels:
-    """The CUDA kernels, once emulated on the CPU and once on a GPU where there is one."""
+    """What runs on a CPU, the CUDA kernels emulated there, and the same on a GPU if there is one."""
+    if request.param == "cpu":
+        return Kernels("grace", "cpu")
     if request.param == "emulated":
         return _load_emulated()
     if not torch.cuda.is_available():

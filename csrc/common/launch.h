@@ -77,9 +77,13 @@ void launch(void (*kernel)(Parameters...), const LaunchShape& shape, int device,
                                     static_cast<int>(shape.shared_bytes)),
                "setting a kernel's shared memory");
   }
-  kernel<<<shape.grid, shape.block, shape.shared_bytes, current_stream(device)> > >(
-      static_cast<Parameters>(arguments)...);
-  check_cuda(cudaGetLastError(), "launching a kernel");
+  cudaLaunchConfig_t config = {};
+  config.gridDim = shape.grid;
+  config.blockDim = shape.block;
+  config.dynamicSmemBytes = shape.shared_bytes;
+  config.stream = current_stream(device);
+  check_cuda(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...),
+             "launching a kernel");
 }
 
 inline int device_of(const Tensor& tensor) { return tensor.get_device_index(); }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KERNEL_DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def require(condition: bool, op: str, argument: str, allowed: str, got: object) -> None:
@@ -21,9 +21,13 @@ def require_dims(op: str, argument: str, tensor: Tensor, dims: int) -> None:
         raise ValueError(f"{op}: {argument} must have {dims} dimensions, got shape {shape}")
 
 
-def require_floating(op: str, argument: str, tensor: Tensor) -> None:
-    """Requires a dtype that the kernels on the tensor's device take; float64 off the GPU only."""
-    allowed = KERNEL_DTYPES if tensor.is_cuda else (*KERNEL_DTYPES, torch.float64)
+def require_floating(
+    op: str, argument: str, tensor: Tensor, *, float64_on_cpu: bool = True
+) -> None:
+    """Requires a dtype that the op takes; float64 only where its CPU kernel is the reference."""
+    allowed = KERNEL_DTYPES
+    if float64_on_cpu and not tensor.is_cuda:
+        allowed = (*KERNEL_DTYPES, torch.float64)
     if tensor.dtype not in allowed:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
         raise ValueError(f"{op}: {argument} must be one of {names}, got {tensor.dtype}")

@@ -40,7 +40,7 @@ def fake_quant(
     """Quantizes ``weight`` to ``bits`` and back; differentiable in weight and log-scale.
 
     Args:
-        weight: [N, K], float32, bfloat16 or float16 (float64 on a CPU).
+        weight: [N, K], float32, bfloat16 or float16.
         log_scale: [N, G] float32, θ = log of the scale of each group, G = K / group_size.
         bits: 2 to 8.
         group_size: weights that share a scale, along K; divides K, or −1 for one group a row.
@@ -102,7 +102,7 @@ def check_arguments(
 ) -> None:
     """Raises ValueError, naming ``op``, unless the arguments are what ``fake_quant`` takes."""
     require_dims(op, "weight", weight, 2)
-    require_floating(op, "weight", weight)
+    require_floating(op, "weight", weight, float64_on_cpu=False)
     groups = groups_of(op, weight.shape[1], bits, group_size)
     expected = (weight.shape[0], groups)
     require(log_scale.dtype == torch.float32, op, "log_scale", "be float32", log_scale.dtype)

@@ -1,6 +1,7 @@
 // fake_quant on CUDA: a warp a group, forward and backward.
 #include "common/launch.h"
 #include "common/warp.h"
+#include "ops/fake_quant/arguments.h"
 #include "ops/fake_quant/fake_quant.h"
 
 namespace grace::fake_quant {
@@ -46,14 +47,6 @@ __global__ void __launch_bounds__(kThreads)
   }
   sum = warp_sum(sum);
   if (threadIdx.x % kWarpSize == 0) grad_log_scale[group] = sum;
-}
-
-ScaleGrid grid_of(std::optional<ScalarType> scale_dtype) {
-  if (!scale_dtype || *scale_dtype == ScalarType::Float) return ScaleGrid::kFloat32;
-  if (*scale_dtype == ScalarType::BFloat16) return ScaleGrid::kBFloat16;
-  STD_TORCH_CHECK(*scale_dtype == ScalarType::Half,
-                  "fake_quant: scale_dtype must be bfloat16, float16, float32 or None");
-  return ScaleGrid::kFloat16;
 }
 
 int group_length(const Tensor& weight, const Tensor& log_scale) {

@@ -1,0 +1,1 @@
+"""Benchmarks of every op against its peers: ``python -m benchmarks [name …]``."""

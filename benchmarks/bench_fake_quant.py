@@ -1,0 +1,56 @@
+"""fake_quant forward and backward, against the formula in eager PyTorch and torch.compile of it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness import Benchmark, Case, buffer_sets
+from grace.ops import fake_quant
+from grace.ops.fake_quant import reference_backward
+
+GROUP = 128
+
+
+def eager(weight: Tensor, log_scale: Tensor) -> Tensor:
+    """Straight-through rounding as training libraries write it: autograd does the rest."""
+    groups = weight.reshape(-1, GROUP).float()
+    scale = log_scale.reshape(-1, 1).exp()
+    value = groups / scale
+    rounded = value + (value.round() - value).detach()
+    return (rounded.clamp(-8, 7) * scale).reshape(weight.shape).to(weight.dtype)
+
+
+def setup(device: torch.device, N: int, K: int) -> Case:
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    bytes_moved = N * K * dtype.itemsize * 5  # w, ŵ; w, ĝ, gradient
+    sets = buffer_sets(N * K * dtype.itemsize * 2, device)
+    weights = [torch.randn(N, K, device=device, dtype=dtype, requires_grad=True) for _ in range(sets)]
+    theta = [(w.detach().float().reshape(N, -1, GROUP).abs().amax(-1) / 7).log() for w in weights]
+    theta = [t.to(torch.bfloat16).float().requires_grad_() for t in theta]
+    grads = [torch.randn_like(w) for w in weights]
+
+    def side(function):
+        def call(i: int) -> tuple[Tensor, ...]:
+            out = function(weights[i], theta[i])
+            return torch.autograd.grad(out, (weights[i], theta[i]), grads[i])
+
+        return call
+
+    compiled = torch.compile(eager)
+    return Case(
+        sides={
+            "grace": side(lambda w, t: fake_quant(w, t, scale_dtype=None)),
+            "eager": side(eager),
+            "compile": side(compiled),
+        },
+        exact=lambda: reference_backward(
+            grads[0].double(), weights[0].double(), theta[0].double(), 4, GROUP, None
+        )[0],
+        bytes=bytes_moved,
+        sets=sets,
+    )
+
+
+SIZES = {"llava7b gate": (11008, 4096), "qwen2b gate": (6144, 2048), "qwen2b q": (2048, 2048)}
+BENCHMARK = Benchmark("fake_quant", [{"N": n, "K": k} for n, k in SIZES.values()], setup)

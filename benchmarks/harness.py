@@ -1,0 +1,198 @@
+"""One harness for all benchmarks.
+
+A benchmark declares a sweep of sizes and, for each size, the sides to compare: callables that take
+the index of a set of buffers. The harness verifies every side against the exact result first, then
+times them interleaved over rotating buffers (together larger than the last-level cache), reports
+medians and spread, the share of the floor that bytes and FLOP set, and the ratio to each side.
+On a GPU a side is timed by replaying a captured graph; sides that cannot be captured are timed by
+events round eager calls and say so.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+Side = Callable[[int], Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One size of a benchmark: what to compare and what it must at least cost."""
+
+    sides: Mapping[str, Side]  # name → call on buffer set i
+    exact: Callable[[], Tensor]  # the result on buffer set 0, in float64
+    bytes: float  # that must be moved: each input read once, each output written once
+    flops: float = 0.0
+    sets: int = 1  # of buffers that the sides rotate over
+    tolerance: float = 1e-2  # of ‖side − exact‖ / ‖exact‖
+    absent: Mapping[str, str] = field(default_factory=dict)  # peer → why it could not be run
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A named sweep; ``setup(device, **size)`` builds the case of one size."""
+
+    name: str
+    sweep: Sequence[Mapping[str, Any]]
+    setup: Callable[..., Case]
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """What the device can do, measured beside the sides: bytes/s of reading, FLOP/s of bf16."""
+
+    bytes_per_second: float
+    flops_per_second: float
+
+    def floor(self, case: Case) -> float:
+        """Seconds that no implementation can go below."""
+        return max(case.bytes / self.bytes_per_second, case.flops / self.flops_per_second)
+
+
+def buffer_sets(bytes_per_set: float, device: torch.device) -> int:
+    """Sets of buffers needed so that none is found in the cache: three times its size together."""
+    if device.type == "cuda":
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+    else:
+        cache = 64 * 2**20
+    return max(2, min(64, int(3 * cache / bytes_per_set) + 1))
+
+
+def run(benchmark: Benchmark, device: torch.device, ceiling: Ceiling, rounds: int) -> list[dict]:
+    """Rows of results, one a size and side."""
+    rows: list[dict] = []
+    for size in tqdm(benchmark.sweep, desc=benchmark.name, unit="size"):
+        case = benchmark.setup(device, **size)
+        verify(case, f"{benchmark.name} {dict(size)}")
+        seconds = measure(case, device, rounds)
+        floor = ceiling.floor(case)
+        for side, (samples, how) in seconds.items():
+            rows.append(_row(dict(size), side, samples, how, floor))
+        rows.extend({"size": dict(size), "side": p, "absent": w} for p, w in case.absent.items())
+    return rows
+
+
+def _row(size: dict, side: str, samples: list[float], how: str, floor: float) -> dict:
+    median = statistics.median(samples)
+    low, high = _quartiles(samples)
+    return {
+        "size": size,
+        "side": side,
+        "us": round(median * 1e6, 3),
+        "us_quartiles": [round(low * 1e6, 3), round(high * 1e6, 3)],
+        "floor_us": round(floor * 1e6, 3),
+        "of_floor": round(floor / median, 4),
+        "timed_by": how,
+    }
+
+
+def _quartiles(samples: list[float]) -> tuple[float, float]:
+    if len(samples) < 2:
+        return samples[0], samples[0]
+    quartiles = statistics.quantiles(samples, n=4)
+    return quartiles[0], quartiles[2]
+
+
+def verify(case: Case, what: str) -> None:
+    """Raises ValueError where a side's result is not the exact one to the case's tolerance."""
+    exact = case.exact().double()
+    for name, side in case.sides.items():
+        actual = side(0)
+        actual = actual[0] if isinstance(actual, tuple) else actual
+        error = ((actual.double() - exact).norm() / exact.norm().clamp_min(1e-300)).item()
+        if not error <= case.tolerance:
+            raise ValueError(
+                f"{what}: {name} must be within {case.tolerance:g} of the exact result, got {error:g}"
+            )
+
+
+def measure(case: Case, device: torch.device, rounds: int) -> dict[str, tuple[list[float], str]]:
+    """Seconds a call of each side: ``rounds`` samples, taken in turn."""
+    timers = {name: _timer(side, case.sets, device) for name, side in case.sides.items()}
+    samples: dict[str, list[float]] = {name: [] for name in timers}
+    for _ in range(rounds):
+        for name, (sample, _how) in timers.items():
+            samples[name].append(sample())
+    return {name: (samples[name], timers[name][1]) for name in timers}
+
+
+def _timer(side: Side, sets: int, device: torch.device) -> tuple[Callable[[], float], str]:
+    for i in range(sets):  # warm up: compilation, handles, lazy initialization
+        side(i)
+    if device.type == "cpu":
+        return _cpu_timer(side, sets), "wall clock"
+    try:
+        return _graph_timer(side, sets), "graph replay"
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return _eager_timer(side, sets), "eager calls"
+
+
+def _cpu_timer(side: Side, sets: int) -> Callable[[], float]:
+    start = time.perf_counter()
+    side(0)
+    once = time.perf_counter() - start
+    calls = sets * max(1, int(0.02 / (once * sets + 1e-9)))  # a sample lasts 20 ms or one rotation
+
+    def sample() -> float:
+        begin = time.perf_counter()
+        for i in range(calls):
+            side(i % sets)
+        return (time.perf_counter() - begin) / calls
+
+    return sample
+
+
+def _between_events(work: Callable[[], None], calls: int) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / calls
+
+
+def _graph_timer(side: Side, sets: int) -> Callable[[], float]:
+    stream = torch.cuda.Stream()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        side(0)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        for i in range(sets):
+            side(i)
+    graph.replay()
+    torch.cuda.synchronize()
+    return lambda: _between_events(graph.replay, sets)
+
+
+def _eager_timer(side: Side, sets: int) -> Callable[[], float]:
+    def work() -> None:
+        for i in range(sets):
+            side(i)
+
+    return lambda: _between_events(work, sets)
+
+
+def measure_ceiling(device: torch.device) -> Ceiling:
+    """Reads a buffer far larger than any cache and multiplies large bf16 (CPU: fp32) matrices."""
+    elements, n = (2**30, 8192) if device.type == "cuda" else (2**26, 1024)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    buffer = torch.ones(elements, device=device)
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    read = min(_samples(lambda _: buffer.sum(), device))
+    product = min(_samples(lambda _: a @ a, device))
+    return Ceiling(buffer.numel() * buffer.element_size() / read, 2 * n**3 / product)
+
+
+def _samples(side: Side, device: torch.device) -> Iterator[float]:
+    sample, _ = _timer(side, 2, device)
+    return (sample() for _ in range(5))
