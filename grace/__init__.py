@@ -1,5 +1,60 @@
-"""grace: train vision-language models at 4 bits under a large teacher, and run them on fast kernels."""
+"""grace: train vision-language models at 4 bits under a large teacher, and run them on fast kernels.
 
+The names below load on first use, so that ``import grace`` costs next to nothing. It does one thing
+at once: from then on transformers' ``from_pretrained`` gives packed models on grace's kernels.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from grace import integrations
 from grace.version import __version__
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from grace import evaluation, export, losses, nn, ops, packing, study, training
+    from grace.integrations.transformers import accelerate
+    from grace.quantization import pack, quantize
+    from grace.training import GraceConfig, GraceTrainer
+
+_ATTRIBUTES = {
+    "GraceConfig": "grace.training",
+    "GraceTrainer": "grace.training",
+    "accelerate": "grace.integrations.transformers",
+    "pack": "grace.quantization",
+    "quantize": "grace.quantization",
+}
+_MODULES = ("evaluation", "export", "losses", "nn", "ops", "packing", "study", "training")
+
+__all__ = [
+    "GraceConfig",
+    "GraceTrainer",
+    "__version__",
+    "accelerate",
+    "evaluation",
+    "export",
+    "losses",
+    "nn",
+    "ops",
+    "pack",
+    "packing",
+    "quantize",
+    "study",
+    "training",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"grace.{name}")
+    if name in _ATTRIBUTES:
+        return getattr(importlib.import_module(_ATTRIBUTES[name]), name)
+    raise AttributeError(f"module 'grace' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+integrations.install()
