@@ -10,7 +10,7 @@ export GRACE_EMULATION ?= ON
 SOURCES := CMakeLists.txt setup.py pyproject.toml $(shell find cmake csrc -type f 2>/dev/null)
 PIP     := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: quickstart build test lint format bench clean help
+.PHONY: quickstart build test lint format bench clean help compile-cuda
 help:
 	@sed -n 1p Makefile
 
@@ -32,6 +32,14 @@ format: $(STAMPS)/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+# Compiles every kernel for both instruction families and loads the library; needs nvcc, no GPU.
+compile-cuda: $(STAMPS)/venv
+	PATH=$(CURDIR)/$(BIN):$$PATH GRACE_CUDA_ARCHS="80;90a" GRACE_EMULATION=OFF cmake -S . -B build/cuda -G Ninja \
+	  -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
+	PATH=$(CURDIR)/$(BIN):$$PATH cmake --build build/cuda
+	$(BIN)/python -c 'import torch; torch.ops.load_library("build/cuda/_C.so"); print("loads")'
 
 bench: build
 	$(BIN)/python -m benchmarks
