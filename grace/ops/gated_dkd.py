@@ -139,11 +139,10 @@ def gated_mean(loss: Tensor, gates: Tensor, gate: bool = True) -> Tensor:
 
 def check_settings(op: str, temperature: float, alpha: float, beta: float) -> None:
     """Raises ValueError, naming ``op``, unless T is positive and the weights are not negative."""
-    positive = math.isfinite(temperature) and temperature > 0
+    positive = 0 < temperature < math.inf
     require(positive, op, "temperature", "be positive and finite", temperature)
     for name, weight in (("alpha", alpha), ("beta", beta)):
-        allowed = math.isfinite(weight) and weight >= 0
-        require(allowed, op, name, "be finite and not negative", weight)
+        require(0 <= weight < math.inf, op, name, "be finite and not negative", weight)
 
 
 def check_logits(op: str, student: Tensor, teacher: Tensor, labels: Tensor) -> None:
