@@ -1,0 +1,261 @@
+"""linear_gated_dkd: equal to gated_dkd and cross-entropy of the whole logits, in any chunks."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import assert_accurate, to_double
+from torch import Tensor
+
+from grace.ops import gated_dkd, linear_gated_dkd
+from grace.ops._checks import accumulate_dtype
+from grace.ops.linear_gated_dkd import default_chunk_size
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+IGNORE = -100
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+Case = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    return request.param
+
+
+def make_case(
+    n: int = 9, vs: int = 30, vt: int = 27, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> Case:
+    shapes = ((n, 8), (vs, 8), (n, 12), (vt, 12))
+    tensors = [torch.randn(shape).to(device, dtype) for shape in shapes]
+    labels = torch.randint(0, min(vs, vt), (n,))
+    labels[1::3] = IGNORE
+    return (*tensors, labels.to(device))  # type: ignore[return-value]
+
+
+def whole(case: Case, **options: Any) -> tuple[Tensor, Tensor]:
+    """The same through whole logits."""
+    student, student_head, teacher, teacher_head, labels = case
+    logits = student @ student_head.t()
+    compute = logits.to(accumulate_dtype(logits.dtype))
+    total = F.cross_entropy(compute, labels, ignore_index=IGNORE, reduction="sum")
+    count = (labels != IGNORE).sum().clamp_min(1)
+    return total / count, gated_dkd(logits, teacher @ teacher_head.t(), labels, **options)
+
+
+def with_gradients(function: Any, case: Case, **options: Any) -> list[Tensor]:
+    """(cross_entropy, gdkd, ∂hidden, ∂head) of the two losses weighed differently."""
+    leaves = [t.detach().clone().requires_grad_() for t in case[:2]]
+    losses = function(*leaves, *case[2:], **options)
+    grads = torch.autograd.grad(0.7 * losses[0] + 1.3 * losses[1], leaves)
+    return [*losses, *grads]
+
+
+def through_whole_logits(*tensors: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    return whole(tensors, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("chunk_size", [1, 4, None])
+def test_is_accurate(device, chunk_size, dtype):
+    case = make_case(dtype=dtype, device=device)
+    actual = with_gradients(linear_gated_dkd, case, chunk_size=chunk_size)
+    exact = with_gradients(through_whole_logits, to_double(*[x.cpu() for x in case]))
+    working = with_gradients(through_whole_logits, case)
+    names = ("cross_entropy", "gdkd", "grad_hidden", "grad_head")
+    for name, *values in zip(names, actual, exact, working, strict=True):
+        assert_accurate(*values, name=name)
+
+
+@pytest.mark.parametrize(("temperature", "alpha", "beta", "gate"), [(1.5, 0.3, 2.0, False)])
+def test_settings_reach_the_op(temperature, alpha, beta, gate):
+    case = to_double(*make_case())
+    options = {"temperature": temperature, "alpha": alpha, "beta": beta, "gate": gate}
+    actual = with_gradients(linear_gated_dkd, case, chunk_size=2, **options)
+    torch.testing.assert_close(actual, with_gradients(through_whole_logits, case, **options))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    n=st.integers(0, 7),
+    vs=st.integers(2, 12),
+    vt=st.integers(2, 12),
+    chunk_size=st.integers(1, 9),
+)
+def test_any_shape_in_any_chunks(n, vs, vt, chunk_size):
+    case = to_double(*make_case(n, vs, vt))
+    actual = with_gradients(linear_gated_dkd, case, chunk_size=chunk_size)
+    torch.testing.assert_close(actual, with_gradients(through_whole_logits, case))
+
+
+def test_gradient_by_finite_differences():
+    student, head, *rest = to_double(*make_case(5, 6, 5))
+    inputs = (student.requires_grad_(), head.requires_grad_())
+    assert torch.autograd.gradcheck(
+        lambda x, w: linear_gated_dkd(x, w, *rest, chunk_size=2), inputs
+    )
+
+
+def test_tied_head_gets_both_gradients():
+    student, head, teacher, teacher_head, labels = to_double(*make_case())
+    embedding = head.requires_grad_()
+    tokens = torch.arange(len(labels)) % len(embedding)
+
+    def loss_of(function: Any) -> Tensor:
+        hidden = student + F.embedding(tokens, embedding)
+        return sum(function(hidden, embedding, teacher, teacher_head, labels))
+
+    (actual,) = torch.autograd.grad(loss_of(linear_gated_dkd), embedding)
+    (expected,) = torch.autograd.grad(loss_of(through_whole_logits), embedding)
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_frozen_head_or_hidden(frozen):
+    case = list(make_case())
+    expected = with_gradients(linear_gated_dkd, tuple(case))[2 + 1 - frozen]
+    case[1 - frozen] = case[1 - frozen].detach().requires_grad_()
+    cross_entropy, gdkd = linear_gated_dkd(*case)
+    (0.7 * cross_entropy + 1.3 * gdkd).backward()
+    torch.testing.assert_close(case[1 - frozen].grad, expected)
+    assert case[frozen].grad is None
+
+
+def test_num_items_divides_the_cross_entropy_alone():
+    case = make_case()
+    count = (case[4] != IGNORE).sum()
+    cross_entropy, gdkd = linear_gated_dkd(*case)
+    for num_items in (24, torch.tensor(24)):
+        scaled, same = linear_gated_dkd(*case, num_items=num_items)
+        torch.testing.assert_close(scaled, cross_entropy * count / 24)
+        torch.testing.assert_close(same, gdkd, rtol=0, atol=0)
+
+
+def test_labels_beyond_the_teachers_vocabulary_count_for_cross_entropy():
+    case = make_case(3, vs=30, vt=27)
+    labels = torch.tensor([28, 2, IGNORE])
+    cross_entropy, gdkd = linear_gated_dkd(*case[:4], labels)
+    expected = whole((*case[:4], labels))
+    torch.testing.assert_close((cross_entropy, gdkd), expected)
+    alone = linear_gated_dkd(*case[:4], torch.tensor([IGNORE, 2, IGNORE]))[1]
+    torch.testing.assert_close(gdkd, alone)
+
+
+def test_label_that_is_no_class_is_seen():
+    case = make_case(3)
+    cross_entropy, gdkd = linear_gated_dkd(*case[:4], torch.tensor([30, 2, 3]))
+    assert cross_entropy.isnan()
+    assert gdkd.isnan()
+
+
+def test_all_rows_ignored():
+    case = make_case()
+    case[4].fill_(IGNORE)
+    results = with_gradients(linear_gated_dkd, case)
+    assert all(x.eq(0).all() for x in results)
+
+
+def test_ignored_rows_are_not_computed_on_the_host():
+    case = make_case()
+    for hidden in (case[0], case[2]):
+        hidden[case[4] == IGNORE] = math.nan
+    results = with_gradients(linear_gated_dkd, case, chunk_size=2)
+    assert all(x.isfinite().all() for x in results)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_labels_may_stay_on_the_host():
+    case = make_case(device="cuda")
+    expected = with_gradients(linear_gated_dkd, case, chunk_size=2)
+    actual = with_gradients(linear_gated_dkd, (*case[:4], case[4].cpu()), chunk_size=2)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_autocast_changes_nothing():
+    case = make_case()
+    expected = with_gradients(linear_gated_dkd, case)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = with_gradients(linear_gated_dkd, case)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_keeps_no_logits_for_the_backward():
+    case = make_case()
+    case[0].requires_grad_()
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: sizes.append(t.numel()) or t, lambda t: t
+    ):
+        linear_gated_dkd(*case)
+    assert max(sizes) <= max(t.numel() for t in case)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_default_chunk_bounds_the_logits(dtype):
+    heads = [torch.empty(rows, 8, dtype=dtype, device="meta") for rows in (151936, 152064)]
+    rows = default_chunk_size(*heads)
+    row_bytes = (151936 + 152064) * heads[0].element_size()
+    assert rows * row_bytes <= 512 * 2**20 < (rows + 1) * row_bytes
+    assert default_chunk_size(*[torch.empty(10**9, 1, device="meta")] * 2) == 1
+
+
+def test_opcheck():
+    case = make_case()
+    for tensor in case[:2]:
+        tensor.requires_grad_()
+    arguments = (*case, 2.0, 1.0, 4.0, IGNORE, 4)
+    torch.library.opcheck(torch.ops.grace.linear_gated_dkd, arguments)
+
+
+def test_compiles_once_for_any_number_of_rows():
+    compiled = torch.compile(linear_gated_dkd, fullgraph=True, backend="aot_eager", dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for n in (4, 6, 9):
+            case = make_case(n)
+            actual = with_gradients(compiled, case)
+            torch.testing.assert_close(actual, with_gradients(linear_gated_dkd, case))
+
+
+def test_non_contiguous_input():
+    case = make_case()
+    strided = tuple(t.t().contiguous().t() for t in case[:4])
+    actual = with_gradients(linear_gated_dkd, (*strided, case[4].repeat_interleave(2)[::2]))
+    torch.testing.assert_close(actual, with_gradients(linear_gated_dkd, case))
+
+
+def test_repeats_bitwise(device):
+    case = make_case(dtype=torch.bfloat16, device=device)
+    first, second = (with_gradients(linear_gated_dkd, case, chunk_size=2) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"student_hidden": torch.zeros(9, 7)}, r"student_head must have 7 features, got 8"),
+        ({"teacher_head": torch.zeros(27, 8)}, r"teacher_head must have 12 features, got 8"),
+        ({"teacher_hidden": torch.zeros(8, 12)}, r"teacher_hidden must have 9 rows like student_h"),
+        ({"student_head": torch.zeros(30, 8).half()}, r"student_head must be torch.float32 like"),
+        ({"teacher_hidden": torch.zeros(9, 12).half()}, r"teacher_hidden must be torch.float32"),
+        ({"teacher_head": torch.zeros(1, 12)}, r"teacher_head must have at least 2 classes, got 1"),
+        ({"student_hidden": torch.zeros(9, 8).int()}, r"student_hidden must be one of float32"),
+        ({"labels": torch.zeros(9)}, r"labels must be int64, got torch.float32"),
+        ({"labels": torch.zeros(8).long()}, r"labels must have 9 rows like student_hidden, got 8"),
+        ({"temperature": -1.0}, r"temperature must be positive and finite, got -1.0"),
+        ({"chunk_size": 0}, r"chunk_size must be at least 1, got 0"),
+    ],
+)
+def test_bad_arguments(changes, message):
+    names = ("student_hidden", "student_head", "teacher_hidden", "teacher_head", "labels")
+    arguments = dict(zip(names, make_case(), strict=True)) | changes
+    with pytest.raises(ValueError, match="linear_gated_dkd: " + message):
+        linear_gated_dkd(**arguments)
