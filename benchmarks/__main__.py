@@ -29,7 +29,9 @@ def load(name: str) -> Benchmark:
 
 
 def main(
-    names: Annotated[list[str] | None, typer.Argument(help="Which; all where none is named.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Which; all where none is named.")
+    ] = None,
     device: Annotated[str, typer.Option(help="cuda or cpu; cuda where there is one.")] = "",
     rounds: Annotated[int, typer.Option(min=3, help="Samples a side, taken in turn.")] = 15,
     keep: Annotated[bool, typer.Option(help="Write benchmarks/results.")] = True,

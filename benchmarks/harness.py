@@ -38,10 +38,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A named sweep; ``setup(device, **size)`` builds the case of one size."""
+    """A named sweep of sizes a device type; ``setup(device, **size)`` builds the case of one."""
 
     name: str
-    sweep: Sequence[Mapping[str, Any]]
+    sweep: Mapping[str, Sequence[Mapping[str, Any]]]  # "cuda" and "cpu" → sizes
     setup: Callable[..., Case]
 
 
@@ -69,15 +69,28 @@ def buffer_sets(bytes_per_set: float, device: torch.device) -> int:
 def run(benchmark: Benchmark, device: torch.device, ceiling: Ceiling, rounds: int) -> list[dict]:
     """Rows of results, one a size and side."""
     rows: list[dict] = []
-    for size in tqdm(benchmark.sweep, desc=benchmark.name, unit="size"):
+    for size in tqdm(benchmark.sweep[device.type], desc=benchmark.name, unit="size"):
         case = benchmark.setup(device, **size)
         verify(case, f"{benchmark.name} {dict(size)}")
         seconds = measure(case, device, rounds)
         floor = ceiling.floor(case)
         for side, (samples, how) in seconds.items():
-            rows.append(_row(dict(size), side, samples, how, floor))
+            row = _row(dict(size), side, samples, how, floor)
+            rows.append(row | peak_memory(case.sides[side], device))
         rows.extend({"size": dict(size), "side": p, "absent": w} for p, w in case.absent.items())
     return rows
+
+
+def peak_memory(side: Side, device: torch.device) -> dict[str, float]:
+    """``{"peak_mib": …}``: what one call allocates beyond what was there (GPU only)."""
+    if device.type != "cuda":
+        return {}
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    side(0)
+    torch.cuda.synchronize()
+    return {"peak_mib": round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)}
 
 
 def _row(size: dict, side: str, samples: list[float], how: str, floor: float) -> dict:
@@ -110,7 +123,8 @@ def verify(case: Case, what: str) -> None:
         error = ((actual.double() - exact).norm() / exact.norm().clamp_min(1e-300)).item()
         if not error <= case.tolerance:
             raise ValueError(
-                f"{what}: {name} must be within {case.tolerance:g} of the exact result, got {error:g}"
+                f"{what}: {name} must be within {case.tolerance:g} of the exact result, "
+                f"got {error:g}"
             )
 
 

@@ -50,7 +50,9 @@ def environment(device: torch.device, ceiling: Ceiling) -> dict:
 
 def _git(*arguments: str) -> str:
     here = Path(__file__).parent
-    done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["git", *arguments], cwd=here, capture_output=True, text=True, check=False
+    )
     return done.stdout.strip() if done.returncode == 0 else "unknown"
 
 
