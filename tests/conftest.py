@@ -28,6 +28,11 @@ class Kernels:
     def __getattr__(self, op: str) -> Callable[..., Any]:
         return getattr(getattr(torch.ops, self.namespace), op)
 
+    @property
+    def cuda_kernels(self) -> bool:
+        """Whether these are the CUDA kernels, emulated or not."""
+        return (self.namespace, self.device) != ("grace", "cpu")
+
     def put(self, *values: Any) -> list[Any]:
         """The values with every tensor moved to the kernels' device."""
         return [v.to(self.device) if isinstance(v, Tensor) else v for v in values]
@@ -41,6 +46,12 @@ def _load_emulated() -> Kernels:
             torch.library.define(f"grace_emulated::{name}", schema)
         torch.ops.load_library(str(_EMULATED))
     return Kernels("grace_emulated", "cpu")
+
+
+@pytest.fixture
+def emulated() -> Kernels:
+    """The CUDA kernels, emulated on the CPU."""
+    return _load_emulated()
 
 
 @pytest.fixture(params=["cpu", "emulated", pytest.param("cuda", marks=pytest.mark.gpu)])

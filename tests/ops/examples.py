@@ -1,0 +1,90 @@
+"""Arguments of every op, for the tests that treat all ops alike (``test_every_op.py``).
+
+Each function takes a dtype and returns the op's positional arguments; floating tensors are in that
+dtype, but for those that an op wants in float32 whatever the dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from grace.packing import pack
+
+Arguments = tuple[Any, ...]
+
+
+def fake_quant(dtype: torch.dtype) -> Arguments:
+    weight = torch.randn(6, 96).to(dtype)
+    return weight, torch.full((6, 3), -1.5), 4, 32, torch.bfloat16
+
+
+def fake_quant_backward(dtype: torch.dtype) -> Arguments:
+    return torch.randn(6, 96).to(dtype), *fake_quant(dtype)
+
+
+def _rows(dtype: torch.dtype) -> Arguments:
+    labels = torch.tensor([3, -100, 16, 0, 7])
+    return torch.randn(5, 17).mul(3).to(dtype), torch.randn(5, 19).mul(3).to(dtype), labels
+
+
+def gated_dkd(dtype: torch.dtype) -> Arguments:
+    return *_rows(dtype), 2.0, 1.0, 4.0, -100
+
+
+def gated_dkd_backward(dtype: torch.dtype) -> Arguments:
+    arguments = gated_dkd(dtype)
+    saved = torch.ops.grace.gated_dkd(*arguments)[-1]
+    grads = torch.randn(2, 5).to(saved.dtype)
+    return *grads, *arguments[:3], saved, *arguments[3:]
+
+
+def _hidden(dtype: torch.dtype) -> Arguments:
+    shapes = ((5, 8), (17, 8), (5, 12), (19, 12))
+    return *(torch.randn(shape).to(dtype) for shape in shapes), torch.tensor([3, -100, 16, 0, 7])
+
+
+def linear_gated_dkd(dtype: torch.dtype) -> Arguments:
+    return *_hidden(dtype), 2.0, 1.0, 4.0, -100, 2
+
+
+def linear_gated_dkd_backward(dtype: torch.dtype) -> Arguments:
+    arguments = linear_gated_dkd(dtype)
+    saved = torch.ops.grace.linear_gated_dkd(*arguments)[-1]
+    grads = torch.randn(2, 5).to(saved.dtype)
+    return *grads, *arguments[:5], saved, *arguments[5:], True, True
+
+
+def cka(dtype: torch.dtype) -> Arguments:
+    cu_seqlens = torch.tensor([0, 37, 38, 60], dtype=torch.int32)
+    return torch.randn(60, 24).to(dtype), torch.randn(60, 40).to(dtype), cu_seqlens, 4
+
+
+def cka_backward(dtype: torch.dtype) -> Arguments:
+    arguments = cka(dtype)
+    saved = torch.ops.grace.cka(*arguments)[-1]
+    return torch.randn(3).to(saved.dtype), *arguments[:3], saved
+
+
+def dequant_gemm(dtype: torch.dtype) -> Arguments:
+    codes = torch.randint(-8, 8, (70, 96), dtype=torch.int8)
+    qweight, scales = pack(codes, torch.rand(70, 3).to(torch.bfloat16), 4)
+    return torch.randn(5, 96).to(dtype), qweight, scales, torch.randn(70).to(dtype), 4, 32, 70
+
+
+EXAMPLES: dict[str, Callable[[torch.dtype], Arguments]] = {
+    make.__name__: make
+    for make in (
+        fake_quant,
+        fake_quant_backward,
+        gated_dkd,
+        gated_dkd_backward,
+        linear_gated_dkd,
+        linear_gated_dkd_backward,
+        cka,
+        cka_backward,
+        dequant_gemm,
+    )
+}

@@ -1,0 +1,100 @@
+"""What holds for every op: a new one is covered here as soon as ``examples.py`` knows arguments."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Kernels
+from oracle import assert_accurate, to_double
+from torch import Tensor
+
+from grace import _library
+from ops.examples import EXAMPLES
+
+ROOT = Path(__file__).parents[2]
+OPS = sorted(_library.schemas())
+PUBLIC_OPS = [name for name in OPS if not name.endswith("_backward")]
+# Composed of other ops on every device: matrix products around gated_dkd's kernels.
+COMPOSED = {"linear_gated_dkd", "linear_gated_dkd_backward"}
+# On a GPU these take no float32: see the op's documentation.
+HALF_ONLY = {"dequant_gemm"}
+
+
+def reference_of(name: str):
+    module = importlib.import_module(f"grace.ops.{name.removesuffix('_backward')}")
+    return module.reference_backward if name.endswith("_backward") else module.reference
+
+
+def as_tuple(result) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def test_examples_cover_all_ops():
+    assert sorted(EXAMPLES) == OPS
+
+
+@pytest.mark.parametrize("name", PUBLIC_OPS)
+def test_is_found_by_its_name(name):
+    for path in (
+        f"grace/ops/{name}.py",
+        f"tests/ops/test_{name}.py",
+        f"benchmarks/bench_{name}.py",
+        f"docs/ops/{name}.md",
+    ):
+        assert (ROOT / path).is_file(), f"{name} has no {path}"
+    if name not in COMPOSED:
+        assert (ROOT / f"csrc/ops/{name}/{name}.cu").is_file()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", OPS)
+def test_is_as_accurate_as_its_reference(kernels: Kernels, name, dtype):
+    if kernels.namespace == "grace_emulated" and name in COMPOSED:
+        pytest.skip("composed of ops that are emulated themselves")
+    arguments = EXAMPLES[name](dtype)
+    if dtype == torch.float32 and name in HALF_ONLY and kernels.cuda_kernels:
+        pytest.skip("float32 is for CPUs")
+    actual = as_tuple(getattr(kernels, name)(*kernels.put(*arguments)))
+    exact = as_tuple(reference_of(name)(*to_double(*arguments)))
+    working = as_tuple(reference_of(name)(*arguments))
+    for i, values in enumerate(zip(actual, exact, working, strict=True)):
+        assert_accurate(*values, name=f"{name} output {i}")
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_repeats_bitwise(kernels: Kernels, name):
+    if kernels.namespace == "grace_emulated" and name in COMPOSED:
+        pytest.skip("composed of ops that are emulated themselves")
+    arguments = kernels.put(*EXAMPLES[name](torch.bfloat16))
+    first, second = (as_tuple(getattr(kernels, name)(*arguments)) for _ in range(2))
+    assert all(a.equal(b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_passes_opcheck(name):
+    torch.library.opcheck(getattr(torch.ops.grace, name), EXAMPLES[name](torch.float32))
+
+
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.gpu
+def test_replays_as_a_graph(name):
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    kernels = Kernels("grace", "cuda")
+    arguments = kernels.put(*EXAMPLES[name](torch.bfloat16))
+    op = getattr(kernels, name)
+    eager = as_tuple(op(*arguments))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = as_tuple(op(*arguments))
+    graph.replay()
+    assert all(a.equal(b) for a, b in zip(eager, captured, strict=True))
+
+
+@pytest.mark.parametrize("name", sorted(set(OPS) - COMPOSED))
+def test_has_a_cuda_kernel(name, emulated: Kernels):
+    key = torch._C.DispatchKey.CPU
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"grace_emulated::{name}", key.name)
