@@ -1,0 +1,211 @@
+// dequant_gemm on CUDA, sm_80 and later: a block computes 64 rows of the weight times 8 to 64 rows
+// of x. The weight is operand A of the tensor cores ("swap-AB"): what a lane loads is its fragment.
+#include "common/launch.h"
+#include "common/mma.h"
+#include "ops/dequant_gemm/call.h"
+#include "ops/dequant_gemm/dequant_gemm.h"
+
+namespace grace::dequant_gemm {
+namespace {
+
+constexpr int kWarps = kTile / kBand;  // a warp a band
+constexpr int kThreads = kWarps * kWarpSize;
+constexpr int kChunk = 8;  // elements of 16 bits in a 16-byte access
+
+// A row of x's tile in shared memory: 64 columns, and 16 bytes that shift the next row's banks so
+// that the eight rows of a fragment are read without conflicts.
+constexpr int kSharedStride = kTile + kChunk;
+
+// Sums of a warp: 16 rows of the weight times kTiles tiles of 8 rows of x.
+template <int kTiles>
+struct Sums {
+  float group[kTiles][4] = {};  // over the current group, of codes times x
+  float total[kTiles][4] = {};  // scaled
+
+  // Scales in fp32, where the group ends: inside it, codes are exact integers.
+  __device__ __forceinline__ void end_group(float scale_low, float scale_high) {
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        total[j][i] += (i < 2 ? scale_low : scale_high) * group[j][i];
+        group[j][i] = 0.0f;
+      }
+    }
+  }
+};
+
+// Copies x[rows from m][64 columns from k] to shared memory, zeros beyond x.
+template <int kRows, typename T>
+__device__ __forceinline__ void load_x(const Call<T>& call, int64_t m, int64_t k, bool aligned,
+                                       T* shared) {
+  const Problem& p = call.problem;
+  for (int i = threadIdx.x; i < kRows * kTile / kChunk; i += kThreads) {
+    const int row = i / (kTile / kChunk), column = i % (kTile / kChunk) * kChunk;
+    const T* from = call.x + (m + row) * p.k + k + column;
+    T* to = shared + row * kSharedStride + column;
+    const int64_t left = m + row < p.m ? p.k - (k + column) : 0;
+    if (aligned && left >= kChunk) {
+      *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+    } else {
+      for (int j = 0; j < kChunk; ++j) to[j] = j < left ? from[j] : T{0};
+    }
+  }
+}
+
+// A lane's words of one band of a tile: the four blocks of 16 columns, in order.
+template <int kBits>
+__device__ __forceinline__ void load_words(const uint32_t* band, int lane,
+                                           uint32_t (&words)[kBits]) {
+#pragma unroll
+  for (int i = 0; i < kBits / 4; ++i) {
+    const uint4 four = reinterpret_cast<const uint4*>(band)[i * kWarpSize + lane];
+    words[4 * i] = four.x;
+    words[4 * i + 1] = four.y;
+    words[4 * i + 2] = four.z;
+    words[4 * i + 3] = four.w;
+  }
+}
+
+// One block of 16 columns: the weights' fragment against every tile of 8 rows of x.
+template <int kBits, int kTiles, typename T>
+__device__ __forceinline__ void multiply_block(const uint32_t* words, const T* shared, int block,
+                                               int lane, Sums<kTiles>& sums) {
+  uint32_t a[4];
+  decode_block<kBits, T>(words + block * Layout<kBits>::kBlockWords, a);
+  const int gid = lane / 4, tig = lane % 4;
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j) {
+    const T* from = shared + (j * 8 + gid) * kSharedStride + block * kBlock + 2 * tig;
+    const uint32_t b[2] = {*reinterpret_cast<const uint32_t*>(from),
+                           *reinterpret_cast<const uint32_t*>(from + 8)};
+    mma_m16n8k16<T>(sums.group[j], a, b);
+  }
+}
+
+// Bias, the rounding to T, and the turn from [n][m] to rows of the output, by way of shared memory.
+template <int kTiles, typename T>
+__device__ __forceinline__ void store(const Call<T>& call, const Sums<kTiles>& sums, int64_t n,
+                                      int64_t m, T* shared) {
+  const Problem& p = call.problem;
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int row = warp * kBand + lane / 4 + i / 2 * 8;
+    const float bias = call.bias != nullptr && n + row < p.n ? to_float(call.bias[n + row]) : 0.0f;
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+      const int x_row = j * 8 + lane % 4 * 2 + i % 2;
+      shared[x_row * kSharedStride + row] = from_float<T>(sums.total[j][i] + bias);
+    }
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < kTiles * 8 * kTile; i += kThreads) {
+    const int x_row = i / kTile, row = i % kTile;
+    if (m + x_row < p.m && n + row < p.n)
+      call.out[(m + x_row) * p.n + n + row] = shared[x_row * kSharedStride + row];
+  }
+}
+
+template <int kBits, int kTiles, typename T>
+__global__ void __launch_bounds__(kThreads) dequant_gemm_kernel(Call<T> call, bool aligned) {
+  const Problem& p = call.problem;
+  alignas(16) __shared__ T shared[kTiles * 8 * kSharedStride];
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  const int64_t n = int64_t{blockIdx.x} * kTile, m = int64_t{blockIdx.y} * kTiles * 8;
+  const int64_t row = n + warp * kBand + lane / 4;  // and row + 8: inside the padded scales
+  const uint32_t* band = call.qweight + blockIdx.x * p.k_tiles * Layout<kBits>::kTileWords +
+                         warp * Layout<kBits>::kBandWords;
+  const int64_t blocks = ceil_div<int64_t>(p.k, kBlock);
+  const int64_t group_blocks = p.group_size / kBlock;
+
+  Sums<kTiles> sums;
+  int64_t group = 0, left = group_blocks;  // blocks until the group ends
+  for (int64_t tile = 0; tile < p.k_tiles; ++tile) {
+    uint32_t words[kBits];
+    load_words<kBits>(band + tile * Layout<kBits>::kTileWords, lane, words);
+    load_x<kTiles * 8>(call, m, tile * kTile, aligned, shared);
+    __syncthreads();
+#pragma unroll
+    for (int block = 0; block < kBlocksPerTile; ++block) {
+      const int64_t after = tile * kBlocksPerTile + block + 1;
+      if (after > blocks) break;
+      multiply_block<kBits>(words, shared, block, lane, sums);
+      if (--left == 0 || after == blocks) {
+        sums.end_group(call.scales.at(group, row), call.scales.at(group, row + 8));
+        left = group_blocks;
+        ++group;
+      }
+    }
+    __syncthreads();
+  }
+  store(call, sums, n, m, shared);
+}
+
+// Any group size: a thread an output, codes one at a time.
+constexpr int kAnyThreads = 256;
+
+template <int kBits, typename T>
+__global__ void __launch_bounds__(kAnyThreads) dequant_gemm_any_group_kernel(Call<T> call) {
+  const Problem& p = call.problem;
+  const int64_t i = int64_t{blockIdx.x} * kAnyThreads + threadIdx.x;
+  if (i >= p.m * p.n) return;
+  const int64_t m = i / p.n, n = i % p.n;
+  float total = call.bias != nullptr ? to_float(call.bias[n]) : 0.0f;
+  for (int64_t group = 0; group < p.groups(); ++group) {
+    float sum = 0.0f;
+    for (int64_t j = 0; j < p.group_size; ++j) {
+      const int64_t k = group * p.group_size + j;
+      sum += static_cast<float>(code_at<kBits>(call.qweight, p.k_tiles, n, k)) *
+             to_float(call.x[m * p.k + k]);
+    }
+    total += call.scales.at(group, n) * sum;
+  }
+  call.out[i] = from_float<T>(total);
+}
+
+// --- choice and launch --------------------------------------------------------------------------
+
+template <int kBits, int kTiles, typename T>
+void launch_tiles(const Call<T>& call, int device) {
+  const Problem& p = call.problem;
+  const bool aligned = p.k % kChunk == 0 && reinterpret_cast<uintptr_t>(call.x) % 16 == 0;
+  const dim3 grid(p.n_tiles, static_cast<unsigned>(ceil_div<int64_t>(p.m, kTiles * 8)));
+  launch(dequant_gemm_kernel<kBits, kTiles, T>, {grid, kThreads}, device, call, aligned);
+}
+
+struct Run {
+  int device;
+
+  template <int kBits, typename T>
+  void operator()(const Call<T>& call) const {
+    const Problem& p = call.problem;
+    if constexpr (std::is_same_v<T, float>) {
+      STD_TORCH_CHECK(false, "dequant_gemm: x must be float16 or bfloat16 on a GPU");
+    } else if (!p.whole_blocks()) {
+      const dim3 grid(ceil_div<int64_t>(p.m * p.n, kAnyThreads));
+      launch(dequant_gemm_any_group_kernel<kBits, T>, {grid, kAnyThreads}, device, call);
+    } else if (p.m <= 8) {
+      launch_tiles<kBits, 1>(call, device);
+    } else if (p.m <= 16) {
+      launch_tiles<kBits, 2>(call, device);
+    } else if (p.m <= 32) {
+      launch_tiles<kBits, 4>(call, device);
+    } else {
+      launch_tiles<kBits, 8>(call, device);
+    }
+  }
+};
+
+Tensor dequant_gemm_cuda(const Tensor& x, const Tensor& qweight, const Tensor& scales,
+                         const std::optional<Tensor>& bias, int64_t bits, int64_t group_size,
+                         int64_t out_features) {
+  return run_on({x, qweight, scales, bias, bits, group_size, out_features}, Run{device_of(x)});
+}
+
+}  // namespace
+}  // namespace grace::dequant_gemm
+
+GRACE_CUDA_KERNELS(m) {
+  m.impl("dequant_gemm", TORCH_BOX(&grace::dequant_gemm::dequant_gemm_cuda));
+}

@@ -1,0 +1,163 @@
+// The packed layout of dequant_gemm and the exact arithmetic on its codes, the same on every
+// device. grace/packing.py makes the layout and describes it; docs/ops/dequant_gemm.md draws it.
+#pragma once
+
+#include <type_traits>
+
+#include "common/numeric.h"
+
+namespace grace::dequant_gemm {
+
+constexpr int kTile = 64;   // rows and columns of a packed tile
+constexpr int kBand = 16;   // rows of an mma fragment: a tile has four bands
+constexpr int kBlock = 16;  // columns of an mma fragment: a tile has four blocks
+constexpr int kBlocksPerTile = kTile / kBlock;
+
+template <int kBits>
+struct Layout {
+  static constexpr int kBandWords = kBand * kTile * kBits / 32;
+  static constexpr int kTileWords = kTile * kTile * kBits / 32;
+  static constexpr int kBlockWords = kBits / 4;  // that a lane holds of a 16 x 16 block
+};
+
+// Sizes of one call, checked before a kernel sees them.
+struct Problem {
+  int64_t m;           // rows of x
+  int64_t n;           // out_features
+  int64_t k;           // in_features
+  int64_t n_tiles;     // ceil(n / 64)
+  int64_t k_tiles;     // ceil(k / 64)
+  int64_t group_size;  // columns that share a scale; with one group a row: all the padded ones
+
+  GRACE_HOST_DEVICE int64_t groups() const { return (k + group_size - 1) / group_size; }
+
+  // No block of 16 columns straddles two groups: what the fast kernels ask for.
+  GRACE_HOST_DEVICE bool whole_blocks() const { return group_size % kBlock == 0; }
+};
+
+// The packed scales [groups, 64 * n_tiles], in the dtype they came in.
+struct Scales {
+  const void* data;
+  int64_t stride;
+  bool is_float;
+  bool is_bf16;  // else fp16
+
+  GRACE_HOST_DEVICE float at(int64_t group, int64_t row) const {
+    const int64_t i = group * stride + row;
+    if (is_float) return static_cast<const float*>(data)[i];
+    if (is_bf16) return to_float(static_cast<const bf16*>(data)[i]);
+    return to_float(static_cast<const fp16*>(data)[i]);
+  }
+};
+
+// One call on contiguous tensors.
+template <typename T>
+struct Call {
+  Problem problem;
+  const T* x;               // [m, k]
+  const uint32_t* qweight;  // [n_tiles, k_tiles, words of a tile]
+  Scales scales;
+  const T* bias;  // [n] or null
+  T* out;         // [m, n]
+};
+
+// One code, found where grace.packing put it: for kernels that read codes one at a time.
+template <int kBits>
+GRACE_HOST_DEVICE int code_at(const uint32_t* qweight, int64_t k_tiles, int64_t row,
+                              int64_t column) {
+  const int r = static_cast<int>(row % kTile);
+  const int c = static_cast<int>(column % kTile);
+  const int lane = r % 8 * 4 + c % 8 / 2;
+  const int block = c / kBlock, r8 = r / 8 % 2, c8 = c / 8 % 2, lo = c % 2;
+  const int64_t tile = row / kTile * k_tiles + column / kTile;
+  const uint32_t* band =
+      qweight + tile * Layout<kBits>::kTileWords + r / kBand * Layout<kBits>::kBandWords;
+  if constexpr (kBits == 4) {
+    const uint32_t word = band[lane * 4 + block];
+    return static_cast<int>(word >> (16 * lo + 8 * c8 + 4 * r8) & 15u) - 8;
+  } else {
+    const uint32_t word = band[block / 2 * 128 + lane * 4 + block % 2 * 2 + c8];
+    return static_cast<int>(word >> (16 * lo + 8 * r8) & 255u) - 128;
+  }
+}
+
+// --- codes as operand registers of a tensor core: pairs of bf16 or fp16 -------------------------
+
+// a * b + c on both halves of a register. The host's version is exact for the integers used here.
+template <typename T>
+GRACE_HOST_DEVICE uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c) {
+#if defined(__CUDA_ARCH__)
+  uint32_t d;
+  if constexpr (std::is_same_v<T, bf16>) {
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  } else {
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  }
+  return d;
+#else
+  uint32_t d = 0;
+  for (int shift = 0; shift < 32; shift += 16) {
+    const auto half = [shift](uint32_t pair) {
+      return to_float(T{static_cast<uint16_t>(pair >> shift)});
+    };
+    d |= uint32_t{from_float<T>(half(a) * half(b) + half(c)).bits} << shift;
+  }
+  return d;
+#endif
+}
+
+template <typename T>
+struct Half;  // bit patterns of small integers
+
+template <>
+struct Half<bf16> {
+  static constexpr uint32_t kMagic = 0x43004300u;  // 128: an OR adds any integer below 128 exactly
+  static constexpr uint32_t kOne = 0x3f803f80u, kSixteen = 0x41804180u;
+  static constexpr uint32_t kMinus128 = 0xc300c300u, kMinusMagicAnd8 = 0xc308c308u;
+};
+
+template <>
+struct Half<fp16> {
+  static constexpr uint32_t kMagic =
+      0x64006400u;  // 1024: an OR adds any integer below 1024 exactly
+  static constexpr uint32_t kOne = 0x3c003c00u;
+  static constexpr uint32_t kMinusMagicAnd8 = 0xe408e408u, kMinusMagicAnd128 = 0xe480e480u;
+};
+
+// Two 4-bit codes + 8, at bits 0-3 and 16-19, as the signed codes.
+template <typename T>
+GRACE_HOST_DEVICE uint32_t signed_nibbles(uint32_t nibbles) {
+  return fma_pair<T>((nibbles & 0x000f000fu) | Half<T>::kMagic, Half<T>::kOne,
+                     Half<T>::kMinusMagicAnd8);
+}
+
+// Two 8-bit codes + 128, at bits 0-7 and 16-23, as the signed codes. bf16 has 8 significant bits,
+// too few for an offset of 128 on top of a byte, so there the two nibbles are put together: every
+// step is an integer of at most 8 bits.
+template <typename T>
+GRACE_HOST_DEVICE uint32_t signed_bytes(uint32_t bytes) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    const uint32_t high =
+        signed_nibbles<bf16>(bytes >> 4);  // code = 16 * high + low, high in [-8, 7]
+    const uint32_t low = (bytes & 0x000f000fu) | Half<bf16>::kMagic;
+    return fma_pair<bf16>(fma_pair<bf16>(high, Half<bf16>::kSixteen, low), Half<bf16>::kOne,
+                          Half<bf16>::kMinus128);
+  } else {
+    return fma_pair<fp16>((bytes & 0x00ff00ffu) | Half<fp16>::kMagic, Half<fp16>::kOne,
+                          Half<fp16>::kMinusMagicAnd128);
+  }
+}
+
+// A lane's part of a 16 x 16 block, from its words to the four registers of operand A.
+template <int kBits, typename T>
+GRACE_HOST_DEVICE void decode_block(const uint32_t* words, uint32_t (&a)[4]) {
+  for (int p = 0; p < 4; ++p) {
+    if constexpr (kBits == 4) {
+      a[p] = signed_nibbles<T>(words[0] >> (4 * p));
+    } else {
+      a[p] = signed_bytes<T>(words[p / 2] >> (8 * (p % 2)));
+    }
+  }
+}
+
+}  // namespace grace::dequant_gemm

@@ -1,0 +1,169 @@
+"""Linear layer on packed 4- or 8-bit weights: codes become numbers inside the matrix product.
+
+    y[m, n] = Σ_k x[m, k] · q[n, k] · s[n, k // group_size] + bias[n]
+
+accumulated in fp32 and rounded once, to x's dtype. Weights come from ``grace.packing.pack``; the
+layout is described there. Inference only: no gradient.
+"""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from grace import _library
+from grace.ops._checks import KERNEL_DTYPES, accumulate_dtype
+from grace.packing import TILE, dequantize, words_per_tile
+
+_library.define(
+    "dequant_gemm",
+    "(Tensor x, Tensor qweight, Tensor scales, Tensor? bias, int bits, int group_size, "
+    "int out_features) -> Tensor",
+)
+_op = torch.ops.grace.dequant_gemm.default
+
+
+def dequant_gemm(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    bias: Tensor | None = None,
+    *,
+    bits: int,
+    group_size: int,
+    out_features: int,
+) -> Tensor:
+    """Multiplies ``x`` with a packed weight [N, K] transposed, and adds ``bias``.
+
+    Args:
+        x: [..., K] float16 or bfloat16; on a CPU also float32 (and float64, by the reference).
+        qweight: int32 [ceil(N/64), ceil(K/64), 128·bits], from ``grace.packing.pack``.
+        scales: [G, 64·ceil(N/64)] bfloat16, float16 or float32, from ``grace.packing.pack``.
+        bias: [N] in x's dtype, or None.
+        bits: 4 or 8.
+        group_size: columns that share a scale: divides K, or −1 for one group a row. Multiples of
+            16 and one group a row are fast; any other takes a general kernel.
+        out_features: N, which the padding of ``qweight`` leaves open.
+
+    Returns:
+        [..., N] in x's dtype. A row does not depend on the other rows of x within one kernel, and
+        repeated calls are bitwise equal.
+
+    Raises:
+        ValueError: for a dtype, shape, width or group size outside of the above.
+    """
+    _check(x, qweight, scales, bias, bits, group_size, out_features)
+    if x.dtype == torch.float64:
+        return reference(x, qweight, scales, bias, bits, group_size, out_features)
+    return _op(x.contiguous(), qweight, scales, bias, bits, group_size, out_features)
+
+
+def _check(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    out_features: int,
+) -> None:
+    """Comparisons only, and few: decoding calls this for every layer and token."""
+    _check_activations(x)
+    _check_weight(qweight, scales, bits, out_features)
+    _check_in_features(x.shape[-1], qweight.shape[1], scales.shape[0], group_size)
+    if not x.device == qweight.device == scales.device:
+        _refuse("qweight and scales", f"be on {x.device}", f"{qweight.device}, {scales.device}")
+    if bias is None:
+        return
+    if bias.dtype != x.dtype or bias.shape != (out_features,):
+        _refuse("bias", f"be {x.dtype} [{out_features}]", f"{bias.dtype} {list(bias.shape)}")
+    if bias.device != x.device:
+        _refuse("bias", f"be on {x.device}", bias.device)
+
+
+def _check_weight(qweight: Tensor, scales: Tensor, bits: int, out_features: int) -> None:
+    if bits not in (4, 8):
+        _refuse("bits", "be 4 or 8", bits)
+    if qweight.dtype != torch.int32 or qweight.dim() != 3 or not qweight.is_contiguous():
+        got = f"{qweight.dtype} {list(qweight.shape)}"
+        _refuse("qweight", "be int32 with 3 dimensions, contiguous", got)
+    if qweight.shape[2] != words_per_tile(bits):
+        allowed = f"have {words_per_tile(bits)} words a tile at {bits} bits"
+        _refuse("qweight", allowed, qweight.shape[2])
+    rows = qweight.shape[0] * TILE
+    if not rows - TILE < out_features <= rows or out_features < 0:
+        _refuse("out_features", f"be {max(rows - TILE + 1, 0)} to {rows}", out_features)
+    if scales.dtype not in KERNEL_DTYPES or scales.dim() != 2 or not scales.is_contiguous():
+        got = f"{scales.dtype} {list(scales.shape)}"
+        _refuse("scales", "be floating with 2 dimensions, contiguous", got)
+    if scales.shape[1] != rows:
+        _refuse("scales", f"have shape [G, {rows}]", list(scales.shape))
+
+
+def _check_activations(x: Tensor) -> None:
+    if x.is_cuda:
+        if x.dtype not in (torch.float16, torch.bfloat16):
+            _refuse("x", "be float16 or bfloat16 on a GPU", x.dtype)
+    elif x.dtype not in KERNEL_DTYPES and x.dtype != torch.float64:
+        _refuse("x", "be float16, bfloat16 or float32", x.dtype)
+    if x.dim() == 0:
+        _refuse("x", "have at least one dimension", "shape []")
+
+
+def _check_in_features(in_features: int, k_tiles: int, groups: int, group_size: int) -> None:
+    first, last = k_tiles * TILE - TILE + 1, k_tiles * TILE
+    if group_size == -1:
+        if groups != 1:
+            _refuse("scales", "have one group a row at group_size -1", groups)
+        if not first <= in_features <= last:
+            _refuse("x", f"have {first} to {last} features", in_features)
+        return
+    packed = groups * group_size
+    if not first <= packed <= last or group_size < 1:
+        allowed = f"be -1 or make {first} to {last} features with {groups} groups"
+        _refuse("group_size", allowed, group_size)
+    if in_features != packed:
+        _refuse("x", f"have {packed} features", in_features)
+
+
+def _refuse(argument: str, allowed: str, got: object) -> NoReturn:
+    raise ValueError(f"dequant_gemm: {argument} must {allowed}, got {got}")
+
+
+@_library.reference("dequant_gemm")
+def reference(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    out_features: int,
+) -> Tensor:
+    """dequant_gemm in plain PyTorch, in float32 (float64 for float64 x)."""
+    compute = accumulate_dtype(x.dtype)
+    weight = dequantize(
+        qweight,
+        scales.to(compute),
+        bits,
+        group_size=group_size,
+        in_features=x.shape[-1],
+        out_features=out_features,
+    )
+    out = x.to(compute) @ weight.t()
+    return (out if bias is None else out + bias.to(compute)).to(x.dtype)
+
+
+@_library.fake("dequant_gemm")
+def _(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    out_features: int,
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
