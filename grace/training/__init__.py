@@ -1,0 +1,20 @@
+"""Training: options, the trainer, data. Its names load torch and transformers when first used."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "GraceConfig": "config",
+    "GraceTrainer": "trainer",
+    "Collator": "collator",
+    "ConversationDataset": "data",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

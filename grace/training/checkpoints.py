@@ -1,0 +1,111 @@
+"""Checkpoints that are whole or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+
+STATE = "grace_state.json"
+_BESIDE = ".unfinished"
+
+
+class AtomicTrainer(Trainer):
+    """A Trainer whose checkpoints are written beside their place and renamed into it.
+
+    A run that is killed while saving leaves `.unfinished`, which no resume looks at, and the
+    checkpoints before it. The state of the run itself (`training_state`) goes into each one.
+    """
+
+    _saving_into: str | None = None
+
+    def training_state(self) -> dict[str, Any]:
+        """What to save beside weights, optimizer and random states; JSON keeps floats exactly."""
+        raise NotImplementedError
+
+    def load_training_state(self, state: Mapping[str, Any]) -> None:
+        """Take over what `training_state` gave."""
+        raise NotImplementedError
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._saving_into or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run = Path(super()._get_output_dir(trial))
+        beside = run / _BESIDE
+        if self.args.should_save:
+            shutil.rmtree(beside, ignore_errors=True)
+        self._saving_into = str(beside)
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._saving_into = None
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self._publish(run, beside)
+
+    def _publish(self, run: Path, beside: Path) -> None:
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        shutil.rmtree(run / name, ignore_errors=True)
+        os.replace(beside / name, run / name)
+        beside.rmdir()
+        self._rename_best(run, beside)
+        rotate_checkpoints(
+            output_dir=str(run),
+            save_total_limit=self.args.save_total_limit,
+            best_model_checkpoint=self.state.best_model_checkpoint,
+            use_mtime=True,
+        )
+
+    def _rename_best(self, run: Path, beside: Path) -> None:
+        """The best checkpoint may be the one just renamed; the state names its place."""
+        best = self.state.best_model_checkpoint
+        if best is not None and Path(best).parent == beside:
+            self.state.best_model_checkpoint = str(run / Path(best).name)
+            self.state.save_to_json(str(run / Path(best).name / TRAINER_STATE_NAME))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Weights, config and processor; no pickled arguments.
+
+        A checkpoint keeps the names that the model in memory has, which is what a resume loads;
+        a finished model has those of the family's published checkpoints.
+        """
+        output_dir = str(output_dir or self.args.output_dir)
+        model: Any = self.model
+        original = self._saving_into is None
+        model.save_pretrained(output_dir, state_dict=state_dict, save_original_format=original)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(output_dir)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """A checkpoint that does not hold exactly the model's tensors is not a resume."""
+        tied = set(getattr(self.model, "all_tied_weights_keys", None) or ())
+        odd = sorted(set(load_result.missing_keys) - tied) + sorted(load_result.unexpected_keys)
+        if odd:
+            raise ValueError(
+                f"GraceTrainer: checkpoint must hold the model's tensors, got {len(odd)} missing "
+                f"or unknown, first {odd[0]!r}"
+            )
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            (Path(output_dir) / STATE).write_text(json.dumps(self.training_state()))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            path = Path(checkpoint) / STATE
+            if not path.is_file():
+                raise FileNotFoundError(
+                    f"GraceTrainer: checkpoint must hold {STATE}, got {checkpoint}"
+                )
+            self.load_training_state(json.loads(path.read_text()))

@@ -1,0 +1,42 @@
+"""Rows of a `ConversationDataset` as one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from grace.training.step import IGNORE
+
+
+class Collator:
+    """Pads what has one entry a token, on the right; joins pixels and grids along their first
+    dimension; stacks single numbers.
+
+    Args:
+        processor: its tokenizer's padding token fills `input_ids` (the end token where there is
+            none), -100 fills labels, 0 everything else.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        pad = processor.tokenizer.pad_token_id
+        self.fill = {"input_ids": processor.tokenizer.eos_token_id if pad is None else pad}
+        self.fill["labels"] = IGNORE
+
+    def __call__(self, rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The batch of `rows`; what only some rows have (pixels) is joined over those."""
+        tensors: dict[str, list[Tensor]] = {}
+        for row in rows:
+            for name, tensor in row.items():
+                tensors.setdefault(name, []).append(tensor)
+        return {name: self._join(name, found) for name, found in tensors.items()}
+
+    def _join(self, name: str, tensors: list[Tensor]) -> Tensor:
+        if tensors[0].dim() == 0:
+            return torch.stack(tensors)
+        if name in ("pixel_values", "pixel_values_videos") or name.endswith("_grid_thw"):
+            return torch.cat(tensors)
+        return pad_sequence(tensors, batch_first=True, padding_value=self.fill.get(name, 0))

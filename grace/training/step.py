@@ -1,0 +1,139 @@
+"""One optimizer step before its forward passes: what the teacher says, and who has which share.
+
+A step is a list of micro-batches, on one rank or many. Averages over a step's tokens and images
+need totals that no single micro-batch knows, so they are counted first: `plan` runs the teacher
+over every micro-batch and adds up tokens, gates and images over micro-batches and ranks. Gradients
+of an accumulated step are then those of one big batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from grace.training.adapters import Adapter, VisualTokens, adapter_for
+from grace.training.config import GraceConfig
+from grace.training.objective import Share, gate_sum
+
+IGNORE = -100
+EXTRA_KEYS = ("labels", "row_ids")  # what a batch carries beside the inputs of the model
+
+
+@dataclass(frozen=True)
+class TeacherRows:
+    """The teacher's hidden states: `last` [n, dt] at supervised tokens, `layer` [T, dt] at visual
+    ones (None where there is none)."""
+
+    last: Tensor
+    layer: Tensor | None
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What the loss of one micro-batch is made from, beside the student's own hidden states."""
+
+    index: Tensor  # int64 [n] into B*S: positions whose next token is supervised
+    targets: Tensor  # int64 [n]: those next tokens
+    visual: VisualTokens | None
+    teacher: TeacherRows | None
+    share: Share
+
+
+class Teacher:
+    """The frozen model that is distilled: no gradients, never in training mode.
+
+    Args:
+        model: a model of the student's kind of tokenizer and image grid, on the right device.
+        config: the run's options; they say which terms look at the teacher.
+    """
+
+    def __init__(self, model: nn.Module, config: GraceConfig) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.adapter = adapter_for(model)
+        self.layer = config.rcka_layer
+        self.distils = config.distillation != "none"
+        self.aligns = config.omega > 0
+
+    def __call__(
+        self, inputs: Mapping[str, Any], index: Tensor, visual: VisualTokens | None
+    ) -> TeacherRows:
+        """Hidden states of `inputs` at supervised positions and at visual tokens."""
+        with torch.inference_mode(), self.adapter.capture(self.layer) as states:
+            self.model(**inputs, use_cache=False, logits_to_keep=1)
+        # Gathered outside inference mode: ops save the rows for their backward.
+        with torch.no_grad():
+            last = states.rows("last", index)
+            layer = states.rows("layer", visual.index) if self.aligns and visual else None
+        return TeacherRows(last, layer)
+
+
+def plan(
+    batches: Sequence[Mapping[str, Any]],
+    adapter: Adapter,
+    teacher: Teacher | None,
+    config: GraceConfig,
+    reduce: Callable[[Tensor], Tensor],
+) -> list[MicroBatch]:
+    """The micro-batches of one optimizer step, each with its share of it.
+
+    Args:
+        batches: what the collator made, on the device: inputs of the model and `labels` [B, S].
+        adapter: of the student.
+        teacher: None where no term needs one.
+        config: the run's options.
+        reduce: sums a tensor over ranks; called once, on every rank.
+    """
+    drafts = [_draft(batch, adapter, teacher) for batch in batches]
+    single = len(batches) == 1 and reduce is identity
+    counts = torch.stack([_counts(draft, adapter, teacher, config, single) for draft in drafts])
+    total = reduce(counts.sum(0)).clamp_min(1e-9)
+    shares = [Share(*row) for row in (counts / total).float().unbind(0)]
+    return [MicroBatch(*draft, share) for draft, share in zip(drafts, shares, strict=True)]
+
+
+def identity(counts: Tensor) -> Tensor:
+    """The sum over the only rank there is."""
+    return counts
+
+
+def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a batch goes into the model."""
+    return {name: value for name, value in batch.items() if name not in EXTRA_KEYS}
+
+
+_Draft = tuple[Tensor, Tensor, VisualTokens | None, TeacherRows | None]
+
+
+def _draft(batch: Mapping[str, Any], adapter: Adapter, teacher: Teacher | None) -> _Draft:
+    index, targets = supervised(batch["labels"])
+    visual = adapter.visual_tokens(batch) if teacher is not None and teacher.aligns else None
+    rows = None if teacher is None else teacher(model_inputs(batch), index, visual)
+    return index, targets, visual, rows
+
+
+def supervised(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the next token is supervised, int64 [n] into B*S, and that token, int64 [n]."""
+    following = functional.pad(labels[:, 1:], (0, 1), value=IGNORE).reshape(-1)
+    index = (following != IGNORE).nonzero().squeeze(1)
+    return index, following.index_select(0, index)
+
+
+def _counts(
+    draft: _Draft, adapter: Adapter, teacher: Teacher | None, config: GraceConfig, single: bool
+) -> Tensor:
+    """Tokens, weight of the distillation term and images of a micro-batch, float64 [3]."""
+    index, _, visual, rows = draft
+    tokens = torch.tensor(float(index.numel()), device=index.device)
+    weight = tokens
+    gated = config.distillation == "gdkd" and config.gate
+    # One micro-batch is the whole step: its own normalisation by Σ gates is already the step's.
+    if gated and not single and teacher is not None and rows is not None:
+        vocabulary = min(adapter.head.shape[0], teacher.adapter.head.shape[0])
+        weight = gate_sum(rows.last, teacher.adapter.head, vocabulary)
+    images = torch.zeros_like(tokens) if visual is None else visual.images(config.rcka_min_tokens)
+    return torch.stack([tokens.double(), weight.double(), images.double()])

@@ -1,0 +1,275 @@
+"""`GraceTrainer`: quantization-aware distillation on transformers' Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grace.losses import AdaptiveIBController
+from grace.training.adapters import HiddenStates, adapter_for
+from grace.training.callbacks import CodeFlips, MetricsWriter
+from grace.training.checkpoints import AtomicTrainer
+from grace.training.config import GraceConfig
+from grace.training.meter import SUMS, Meter, share_of
+from grace.training.objective import rcka, token_terms
+from grace.training.optimizer import parameter_groups, use_fp32_masters
+from grace.training.step import MicroBatch, Teacher, identity, model_inputs, plan
+
+_MICRO = "grace_micro_batch"  # key under which a batch carries its MicroBatch
+
+
+class GraceTrainer(AtomicTrainer):
+    """Trains a student through fake quantization under a frozen teacher.
+
+        loss = CE + β · distillation + ω · RCKA
+
+    All terms come from hidden states: neither model makes logits of more than a chunk of
+    supervised tokens. β moves once an optimizer step, by `AdaptiveIBController` on the step's mean
+    distillation loss over all micro-batches and ranks, and is saved with every checkpoint.
+
+    A distillation or alignment term that is not finite is dropped for its micro-batch, counted
+    and logged (`dropped_terms`); a cross-entropy that is not finite stops the run.
+
+    Args:
+        model: the student (LLaVA, Qwen2-VL, Qwen2.5-VL, Qwen3-VL). Its decoder linears become
+            `FakeQuantLinear` unless they are already, or `args.quantization` is off; its
+            parameters become fp32, its vision tower is frozen unless told otherwise.
+        args: the options.
+        teacher: a model that takes the student's inputs; needed unless `args.needs_teacher` is
+            False, and ignored then.
+        **trainer: what transformers' Trainer takes: train_dataset, data_collator,
+            processing_class, callbacks …
+
+    Raises:
+        ValueError: a family that is not known, a missing teacher, a group size that does not fit.
+        FloatingPointError: in `train`, on a cross-entropy that is not finite, with its row ids.
+    """
+
+    args: GraceConfig
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: GraceConfig,
+        teacher: nn.Module | None = None,
+        **trainer: Any,
+    ) -> None:
+        if args.needs_teacher and teacher is None:
+            raise ValueError(
+                "GraceTrainer: teacher must be given unless distillation is 'none' and omega 0"
+            )
+        self.adapter = adapter_for(model)
+        self.quantized = _prepare_student(model, args)
+        self.controller = AdaptiveIBController(
+            tau=args.tau,
+            eta=args.eta,
+            beta_init=args.beta_init,
+            beta_min=args.beta_min,
+            beta_max=args.beta_max,
+            ema_decay=args.ema_decay,
+        )
+        super().__init__(model=model, args=args, **trainer)
+        # The loss is already divided by the whole step's tokens: Trainer must not divide it again
+        # by the number of micro-batches. The second name is that of later transformers.
+        self.model_accepts_loss_kwargs = True
+        self.loss_is_scaled_for_ga = True
+        self.teacher = self._place_teacher(teacher)
+        self.dropped_terms = 0
+        self._meter = Meter(self.args.device)
+        self._flips = CodeFlips(model)
+        self.add_callback(MetricsWriter())
+
+    def _place_teacher(self, teacher: nn.Module | None) -> Teacher | None:
+        if teacher is None or not self.args.needs_teacher:
+            return None
+        return Teacher(teacher.to(self.args.device), self.args)
+
+    # One optimizer step
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """The micro-batches of the next step, each with what its loss needs to know of the rest."""
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        if batches:
+            batches = [self._prepare_inputs(batch) for batch in batches]
+            for batch, micro in zip(batches, self._plan(batches), strict=True):
+                batch[_MICRO] = micro
+        return batches, items
+
+    def _plan(self, batches: list[dict[str, Any]]) -> list[MicroBatch]:
+        reduce = self._sum_over_ranks if self.args.world_size > 1 else identity
+        return plan(batches, self.adapter, self.teacher, self.args, reduce)
+
+    def _sum_over_ranks(self, values: Tensor) -> Tensor:
+        return self.accelerator.reduce(values, reduction="sum")
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """The micro-batch's part of the step's loss, times the ranks that its gradient is averaged
+        over."""
+        micro = inputs.pop(_MICRO, None) or self._plan([inputs])[0]
+        with self.adapter.capture(self.args.rcka_layer) as states:
+            outputs = model(**model_inputs(inputs), use_cache=False, logits_to_keep=1)
+        terms = self._terms(states, micro)
+        values = self._drop_nonfinite(terms, states, micro, inputs)
+        weights = {
+            "ce": 1.0,
+            "distillation": self.controller.beta,
+            "rcka": self.args.omega_at(self.state.global_step),
+        }
+        loss = sum(weights[name] * term * share_of(micro, name) for name, term in terms.items())
+        if model.training:
+            self._meter.add(values, micro, inputs)
+        loss = loss * self.args.world_size
+        return (loss, outputs) if return_outputs else loss
+
+    def _terms(self, states: HiddenStates, micro: MicroBatch) -> dict[str, Tensor]:
+        """The terms of the loss that are switched on, averaged within the micro-batch."""
+        terms = self._token_terms(states, micro)
+        aligned = None if micro.teacher is None else micro.teacher.layer
+        if micro.visual is not None and aligned is not None:
+            rows = states.rows("layer", micro.visual.index)
+            bounds, least = micro.visual.cu_seqlens, self.args.rcka_min_tokens
+            terms["rcka"] = rcka(rows, aligned.to(rows.dtype), bounds, least)
+        return terms
+
+    def _token_terms(
+        self, states: HiddenStates, micro: MicroBatch, distil: bool = True
+    ) -> dict[str, Tensor]:
+        teacher = None
+        if distil and self.teacher is not None and micro.teacher is not None:
+            teacher = micro.teacher.last, self.teacher.adapter.head
+        hidden = states.rows("last", micro.index)
+        return token_terms(self.args, hidden, self.adapter.head, micro.targets, teacher)
+
+    def _drop_nonfinite(
+        self,
+        terms: dict[str, Tensor],
+        states: HiddenStates,
+        micro: MicroBatch,
+        inputs: Mapping[str, Any],
+    ) -> dict[str, Tensor]:
+        """Take terms that are not finite out of `terms`; returns the values of what is left.
+
+        A dropped term must leave the graph, not be multiplied by zero: 0 · NaN is NaN in its
+        gradient. Cross-entropy shares an op with the gated term, so it is then computed alone.
+        """
+        names = list(terms)
+        finite = torch.stack([terms[name].detach().isfinite() for name in names]).tolist()
+        bad = [name for name, good in zip(names, finite, strict=True) if not good]
+        for name in bad:
+            if name != "ce":
+                del terms[name]
+        if "distillation" in bad:
+            terms.update(self._token_terms(states, micro, distil=False))
+        if bad and not terms["ce"].isfinite():
+            raise FloatingPointError(self._nonfinite_message(terms["ce"], inputs))
+        self._meter.dropped += len([name for name in bad if name != "ce"])
+        return {name: term.detach() for name, term in terms.items()}
+
+    def _nonfinite_message(self, ce: Tensor, inputs: Mapping[str, Any]) -> str:
+        rows = inputs.get("row_ids")
+        ids = rows.tolist() if isinstance(rows, Tensor) else "unknown"
+        return (
+            f"GraceTrainer: cross-entropy must be finite, got {ce.item()} in step "
+            f"{self.state.global_step + 1}, rows {ids}; a lower learning_rate or "
+            "max_grad_norm may help, or a look at these rows"
+        )
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Forward and backward of a micro-batch; behind the last of a step, β moves."""
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients:
+            self._end_step()
+        return loss
+
+    def _end_step(self) -> None:
+        """Add up the step over ranks, unconditionally, and move β on the step's mean."""
+        sums = self._meter.take()
+        if self.args.world_size > 1:
+            sums = self._sum_over_ranks(sums)
+        step = dict(zip(SUMS, sums.tolist(), strict=True))
+        share = step.pop("distillation_share")
+        self.dropped_terms += int(step.pop("dropped"))
+        if share > 0:
+            step["distillation"] /= share
+            if self.args.adaptive_beta:
+                self.controller.update(step["distillation"])
+        self._meter.end_step(step)
+
+    # Optimizer and logs
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimizer over `parameter_groups`: log-scales learn faster and never decay."""
+        if self.optimizer is None:
+            trained: Any = model or self.model
+            groups = parameter_groups(
+                trained,
+                learning_rate=self.args.learning_rate,
+                weight_decay=self.args.weight_decay,
+                scale_lr_ratio=self.args.scale_lr_ratio,
+            )
+            optimizer, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
+            self.optimizer = optimizer(groups, **options)
+        return self.optimizer
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds to a training log: the terms' means, β, ω, tokens/s, dropped terms, code flips."""
+        if "loss" in logs:
+            logs.update(self._step_logs())
+        super().log(logs, start_time)
+
+    def _step_logs(self) -> dict[str, float]:
+        logs = self._meter.means()
+        if self.teacher is None or not self.teacher.distils:
+            logs.pop("distillation", None)
+        else:
+            logs[self.args.distillation] = logs.pop("distillation")
+            logs["beta"] = self.controller.beta
+        if self.teacher is None or not self.teacher.aligns:
+            logs.pop("rcka", None)
+        else:
+            logs["omega"] = self.args.omega_at(max(0, self.state.global_step - 1))
+        logs["dropped_terms"] = self.dropped_terms
+        flips = self._flips.rate()
+        return logs if flips is None else {**logs, "code_flip_rate": flips}
+
+    # State beside weights and optimizer
+
+    def training_state(self) -> dict[str, Any]:
+        """What a checkpoint holds of the run itself: the controller, and counters."""
+        return {"controller": self.controller.state_dict(), "dropped_terms": self.dropped_terms}
+
+    def load_training_state(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `training_state` gave."""
+        self.controller.load_state_dict(state["controller"])
+        self.dropped_terms = state["dropped_terms"]
+
+
+def _prepare_student(model: nn.Module, args: GraceConfig) -> list[str]:
+    """Freeze, hold in fp32 and quantize the student in place; names of its quantized layers."""
+    from grace.nn import FakeQuantLinear
+    from grace.quantization import quantize
+
+    use_fp32_masters(model)
+    if args.freeze_vision:
+        for part in adapter_for(model).vision_modules():
+            part.requires_grad_(False)
+    made = [name for name, part in model.named_modules() if isinstance(part, FakeQuantLinear)]
+    if made or not args.quantization:
+        return made
+    return quantize(
+        model,
+        bits=args.bits,
+        group_size=args.group_size,
+        skip=args.skip or None,
+        scale_dtype=None if args.scale_dtype is None else getattr(torch, args.scale_dtype),
+        init=args.scale_init,
+    )

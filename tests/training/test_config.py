@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from grace.training import GraceConfig
+from grace.training.config import PRESETS
+
+
+def test_the_paper_s_preset_is_the_default(tmp_path: Any) -> None:
+    default = GraceConfig(output_dir=str(tmp_path))
+    for name, value in PRESETS["paper"].items():
+        assert getattr(default, name) == value
+
+
+def test_a_preset_yields_to_options(tmp_path: Any) -> None:
+    config = GraceConfig.from_preset("qwen3vl", output_dir=str(tmp_path), tau=1.5)
+    assert (config.tau, config.omega, config.beta_max) == (1.5, 3.0, 1.0)
+
+
+def test_omega_rises_linearly_and_stays(tmp_path: Any) -> None:
+    config = GraceConfig(output_dir=str(tmp_path), omega=3.0, omega_warmup_steps=4)
+    assert [config.omega_at(step) for step in (0, 1, 3, 9)] == [0.75, 1.5, 3.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bits": 9}, r"GraceConfig: bits must be 2 to 8, got 9"),
+        ({"bits": 4.0}, "bits must be 2 to 8, got 4.0"),
+        ({"group_size": 0}, "group_size must be > 0 or -1, got 0"),
+        ({"distillation": "dkd"}, "distillation must be one of .*, got 'dkd'"),
+        ({"rcka_layer": -1}, "rcka_layer must be <= -2, got -1"),
+        ({"temperature": 0.0}, "temperature must be > 0, got 0.0"),
+        ({"ema_decay": 1.0}, r"ema_decay must be in \[0, 1\), got 1.0"),
+        ({"beta_init": 7.0}, r"beta_init must lie in \[0.1, 5.0\], got 7.0"),
+        ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, "use_reentrant"),
+        ({"scale_dtype": "int8"}, "scale_dtype must be one of"),
+    ],
+)
+def test_values_out_of_range(tmp_path: Any, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GraceConfig(output_dir=str(tmp_path), **options)
+
+
+def test_unknown_names(tmp_path: Any) -> None:
+    with pytest.raises(ValueError, match="preset must be one of paper, qwen3vl, got 'papr'"):
+        GraceConfig.from_preset("papr")
+    with pytest.raises(ValueError, match="unknown option 'group_sise', did you mean 'group_size'"):
+        GraceConfig.from_preset("paper", group_sise=64)

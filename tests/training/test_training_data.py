@@ -1,0 +1,190 @@
+"""Rows to inputs: which tokens are answers, what a batch looks like, what a bad row does."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from grace.training import Collator, ConversationDataset
+from grace.training.data import encode, image_paths, read_rows, to_messages
+
+LLAVA_LIKE = (  # turns without an end mark, images before text, a space behind every text
+    "{% for m in messages %}{{ m['role'].upper() + ': ' }}"
+    "{% for c in m['content'] if c['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
+    "{% for c in m['content'] if c['type'] == 'text' %}{{ c['text'] + ' ' }}{% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+
+def _turns(*texts: str) -> list[dict[str, str]]:
+    return [
+        {"from": "gpt" if turn % 2 else "human", "value": text} for turn, text in enumerate(texts)
+    ]
+
+
+def _answers(processor: Any, inputs: dict[str, torch.Tensor]) -> list[str]:
+    """The supervised stretches, as text."""
+    runs: list[list[int]] = [[]]
+    for label in inputs["labels"].tolist():
+        if label >= 0:
+            runs[-1].append(label)
+        elif runs[-1]:
+            runs.append([])
+    return [processor.tokenizer.decode(run) for run in runs if run]
+
+
+def _encode(processor: Any, *texts: str, images: int = 1) -> dict[str, torch.Tensor]:
+    row = {"image": ["a.png"] * images, "conversations": _turns(*texts)}
+    return encode(processor, to_messages(row), [Image.new("RGB", (32, 32))] * images)
+
+
+def test_labels_are_the_answer_and_its_end(processor: Any) -> None:
+    inputs = _encode(processor, "<image>\nIs there a red star ?", "Yes")
+    assert _answers(processor, inputs) == ["Yes </s>"]
+    kept = inputs["labels"] >= 0
+    assert torch.equal(inputs["labels"][kept], inputs["input_ids"][kept])
+    assert (inputs["input_ids"] == processor.image_token_id).sum() == 16
+    assert inputs["input_ids"].shape == inputs["labels"].shape == inputs["attention_mask"].shape
+
+
+def test_labels_of_several_turns_and_images(processor: Any) -> None:
+    inputs = _encode(
+        processor, "<image> Is there <image> a red star ?", "Yes", "How many ?", "two", images=2
+    )
+    assert _answers(processor, inputs) == ["Yes </s>", "two </s>"]
+    assert inputs["pixel_values"].shape[0] == 2
+
+
+def test_a_user_s_own_words_stay_masked(processor: Any) -> None:
+    inputs = _encode(processor, "<image>\nIs there ASSISTANT: Yes </s> ?", "No")
+    assert _answers(processor, inputs) == ["No </s>"]
+
+
+def test_a_template_without_end_marks_gets_one_at_the_end(processor: Any) -> None:
+    processor = copy.copy(processor)
+    processor.chat_template = LLAVA_LIKE
+    inputs = _encode(processor, "<image>\nIs there a red star ?", "Yes", "How many ?", "two")
+    assert _answers(processor, inputs) == ["Yes", "two </s>"]
+
+
+def test_a_template_that_does_not_render_turn_after_turn(processor: Any) -> None:
+    processor = copy.copy(processor)
+    processor.chat_template = "{{ messages | length }}"
+    with pytest.raises(ValueError, match="chat template must render a turn as prompt and answer"):
+        _encode(processor, "Is there a red star ?", "Yes", images=0)
+
+
+def test_text_alone(processor: Any, tmp_path: Path) -> None:
+    rows = [{"conversations": _turns("How many ?", "two")}]
+    item = ConversationDataset(rows, processor, tmp_path)[0]
+    assert "pixel_values" not in item
+    assert _answers(processor, item) == ["two </s>"]
+
+
+def test_images_that_no_text_mentions_come_first() -> None:
+    row = {"image": "a.png", "conversations": _turns("What is this ?", "star")}
+    assert to_messages(row)[0]["content"][0] == {"type": "image"}
+    assert image_paths(row) == ["a.png"]
+
+
+def test_a_batch_is_padded_on_the_right(dataset: ConversationDataset, processor: Any) -> None:
+    items = [dataset[index] for index in (0, 7, 13)]
+    batch = Collator(processor)(items)
+    longest = max(len(item["input_ids"]) for item in items)
+    assert batch["input_ids"].shape == batch["labels"].shape == (3, longest)
+    assert batch["pixel_values"].shape[0] == 3
+    assert batch["row_ids"].tolist() == [0, 7, 13]
+    for row, item in enumerate(items):
+        length = len(item["input_ids"])
+        assert torch.equal(batch["input_ids"][row, :length], item["input_ids"])
+        assert batch["labels"][row, length:].eq(-100).all()
+        assert batch["attention_mask"][row].sum() == length
+
+
+BAD = {
+    "no list 'conversations'": {"image": None},
+    "turns must alternate": {"conversations": _turns("How many ?")},
+    "an answer must not be empty": {"conversations": _turns("How many ?", " ")},
+    "1 images for 2 marks": {
+        "image": "images/00000.png",
+        "conversations": _turns("<image><image>", "two"),
+    },
+    "no image": {"image": "absent.png", "conversations": _turns("<image>", "two")},
+    "a turn must have 'from'": {"conversations": [{"from": "cat", "value": "meow"}]},
+}
+
+
+@pytest.mark.parametrize("reason", BAD)
+def test_a_bad_row_is_an_error_with_its_index(rows_root: Path, processor: Any, reason: str) -> None:
+    rows = [*read_rows(rows_root / "train.json")[:3], BAD[reason]]
+    with pytest.raises(ValueError, match=f"data: row 3 must be usable, got: .*{reason}"):
+        ConversationDataset(rows, processor, rows_root)
+
+
+def test_bad_rows_are_skipped_and_counted_when_asked_for(rows_root: Path, processor: Any) -> None:
+    rows = [*BAD.values(), *read_rows(rows_root / "train.json")[:3]]
+    dataset = ConversationDataset(rows, processor, rows_root, on_error="skip")
+    assert (len(dataset), dataset.skipped) == (3, len(BAD))
+    assert dataset[0]["row_ids"] == len(BAD)
+    with pytest.raises(ValueError, match="at least one row must be usable, got 6 bad rows"):
+        ConversationDataset(list(BAD.values()), processor, rows_root, on_error="skip")
+
+
+def test_an_image_that_turns_out_torn(rows_root: Path, processor: Any, tmp_path: Path) -> None:
+    (tmp_path / "torn.png").write_bytes(b"\x89PNG\r\n")
+    Image.new("RGB", (32, 32)).save(tmp_path / "good.png")
+    rows = [
+        {"image": name, "conversations": _turns("<image> How many ?", "two")}
+        for name in ("torn.png", "good.png")
+    ]
+    with pytest.raises(ValueError, match="data: row 0 must be usable"):
+        ConversationDataset(rows, processor, tmp_path)[0]
+    dataset = ConversationDataset(rows, processor, tmp_path, on_error="skip")
+    assert dataset[0]["row_ids"] == 1
+    assert dataset.skipped == 1
+
+
+def test_rows_that_are_too_long(rows_root: Path, processor: Any) -> None:
+    rows = read_rows(rows_root / "train.json")[:1]
+    with pytest.raises(ValueError, match=r"row 0 must be usable, got: \d+ tokens, max_length is 8"):
+        ConversationDataset(rows, processor, rows_root, max_length=8)[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "error", "message"),
+    [
+        ("rows.json", None, FileNotFoundError, "file must exist"),
+        ("rows.json", "[]", ValueError, "at least one row"),
+        ("rows.jsonl", "", ValueError, "at least one row"),
+        ("rows.json", "{", ValueError, "must be JSON"),
+        ("rows.jsonl", '{"a": 1}\n{', ValueError, "rows.jsonl, line 2 must be JSON"),
+        ("rows.json", '{"a": 1}', ValueError, "must hold a list of rows, got dict"),
+    ],
+)
+def test_files_that_cannot_be_read(
+    tmp_path: Path, name: str, text: str | None, error: type[Exception], message: str
+) -> None:
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(error, match=message):
+        read_rows(tmp_path / name)
+
+
+def test_json_lines(tmp_path: Path) -> None:
+    rows = [{"conversations": _turns("a", "b")}, {"conversations": _turns("c", "d")}]
+    text = "\n".join(json.dumps(row) for row in rows)
+    (tmp_path / "rows.jsonl").write_text(text + "\n\n")
+    assert read_rows(tmp_path / "rows.jsonl") == rows
+
+
+def test_a_row_is_the_same_however_often_it_is_read(dataset: Callable) -> None:
+    first, second = dataset[5], dataset[5]
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
