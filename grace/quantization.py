@@ -77,9 +77,7 @@ def pack(model: nn.Module) -> list[str]:
     layers = {n: m for n, m in model.named_modules() if isinstance(m, FakeQuantLinear)}
     if not layers:
         raise ValueError("pack: model must hold FakeQuantLinear layers, got none")
-    for name, layer in layers.items():
-        if layer.bits not in BITS:
-            raise ValueError(f"pack: bits of {name} must be 4 or 8, got {layer.bits}")
+    check_packable("pack", model)
     config = packed_config(model)
     for name, layer in layers.items():
         packed = PackedLinear.from_codes(
@@ -110,7 +108,7 @@ def decoder_linears(model: nn.Module) -> dict[str, nn.Linear]:
     return {f"{prefix}.{name}": linear for name, linear in _linears(layers[1]).items()}
 
 
-def _embedding_owner(model: nn.Module) -> tuple[str, nn.Module]:
+def _embedding_owner(model: Any) -> tuple[str, nn.Module]:
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     for name, module in model.named_modules():
         children = list(module.children())
@@ -147,6 +145,13 @@ def _select(linears: Mapping[str, nn.Linear], skip: Sequence[str]) -> dict[str, 
     return kept
 
 
+def check_packable(op: str, model: nn.Module) -> None:
+    """Requires that every low-bit layer has a width that packed layers have: 4 or 8."""
+    for name, module in model.named_modules():
+        if isinstance(module, FakeQuantLinear) and module.bits not in BITS:
+            raise ValueError(f"{op}: bits of {name} must be 4 or 8, got {module.bits}")
+
+
 def qat_config(model: nn.Module) -> dict[str, Any]:
     """The ``quantization_config`` of a model in training: what `from_pretrained` rebuilds."""
     groups: dict[tuple[Any, ...], list[str]] = {}
@@ -179,6 +184,6 @@ def packed_config(model: nn.Module) -> dict[str, Any]:
     )
 
 
-def _record(model: nn.Module, quantization_config: dict[str, Any]) -> None:
+def _record(model: Any, quantization_config: dict[str, Any]) -> None:
     if hasattr(model, "config"):
         model.config.quantization_config = quantization_config

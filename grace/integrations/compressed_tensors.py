@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
@@ -21,7 +22,7 @@ from transformers.utils import quantization_config as transformers_config
 from grace.checkpoint import TensorInfo
 from grace.formats.compressed_tensors import TENSORS, Scheme, shapes
 from grace.formats.compressed_tensors_config import Unsupported, read_config
-from grace.integrations._headers import common_dtype, read_headers
+from grace.integrations._loading import cast_dense, common_dtype, read_headers
 from grace.nn import PackedLinear
 
 logger = logging.getLogger(__name__)
@@ -74,13 +75,20 @@ class PackedQuantizer(HfQuantizer):
     """Loads pack-quantized checkpoints into `PackedLinear`; dense weights never exist."""
 
     requires_calibration = True  # there is nothing to quantize here: weights come quantized
+    quantization_config: CompressedTensorsConfig
 
     def __init__(self, quantization_config: CompressedTensorsConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._stock: HfQuantizer | None = None
+        self._dtype: torch.dtype | None = None
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Any dtype is fine; it is kept for what is not quantized."""
+        self._dtype = dtype
+        return dtype
 
     def _process_model_before_weight_loading(
-        self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         tensors = read_headers(checkpoint_files)
         try:
@@ -108,18 +116,20 @@ class PackedQuantizer(HfQuantizer):
             )
             model.set_submodule(name, layer)
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if self._stock is not None:
             self._stock._process_model_after_weight_loading(model, **kwargs)
             return
         for name, module in model.named_modules():
             if isinstance(module, PackedLinear) and not module.is_packed:
                 module.pack_(name)
+        cast_dense(model, self._dtype)
 
     def update_weight_conversions(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' conversions, or its own quantizer's where that one took over."""
-        quantizer = super() if self._stock is None else self._stock
-        return quantizer.update_weight_conversions(*args, **kwargs)
+        if self._stock is None:
+            return super().update_weight_conversions(*args, **kwargs)
+        return self._stock.update_weight_conversions(*args, **kwargs)
 
     def is_serializable(self) -> bool:
         """`save_pretrained` writes the format that was loaded."""

@@ -9,7 +9,7 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from grace.integrations._headers import common_dtype, read_headers
+from grace.integrations._loading import cast_dense, common_dtype, read_headers
 from grace.nn import FakeQuantLinear
 from grace.ops.fake_quant import groups_of
 from grace.quantization import QAT_METHOD
@@ -31,7 +31,7 @@ class QatConfig(QuantizationConfigMixin):
                     f"quantization_config: groups must have {', '.join(sorted(_GROUP_KEYS))}, "
                     f"got {', '.join(sorted(group))}"
                 )
-        self.quant_method = quant_method
+        self.quant_method: Any = quant_method  # transformers' enum cannot be extended
         self.groups = groups
 
     @property
@@ -48,6 +48,13 @@ class QatQuantizer(HfQuantizer):
     """
 
     requires_calibration = True  # there is nothing to quantize here: log-scales come trained
+    quantization_config: QatConfig
+    _dtype: torch.dtype | None = None
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Any dtype is fine; it is kept for what is not quantized."""
+        self._dtype = dtype
+        return dtype
 
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -70,6 +77,7 @@ class QatQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         for name in self.quantization_config.modules:
             _check_shapes(name, model.get_submodule(name))
+        cast_dense(model, self._dtype)
 
     def is_serializable(self) -> bool:
         """A model in training is saved as it is."""

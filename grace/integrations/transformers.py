@@ -28,10 +28,11 @@ __all__ = ["accelerate", "register"]
 def register() -> None:
     """Makes transformers use grace's quantizers."""
     # Assigned: transformers' own registration refuses a method that it has.
+    quantizers: dict[str, Any] = AUTO_QUANTIZER_MAPPING
     AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = CompressedTensorsConfig
-    AUTO_QUANTIZER_MAPPING[METHOD] = _compressed_tensors_quantizer
+    quantizers[METHOD] = _compressed_tensors_quantizer
     AUTO_QUANTIZATION_CONFIG_MAPPING[QAT_METHOD] = QatConfig
-    AUTO_QUANTIZER_MAPPING[QAT_METHOD] = QatQuantizer
+    quantizers[QAT_METHOD] = QatQuantizer
 
 
 def _compressed_tensors_quantizer(config: Any, **kwargs: Any) -> HfQuantizer:
@@ -42,7 +43,7 @@ def _compressed_tensors_quantizer(config: Any, **kwargs: Any) -> HfQuantizer:
     return PackedQuantizer(config, **kwargs)
 
 
-def accelerate(model: nn.Module) -> list[str]:
+def accelerate(model: Any) -> list[str]:
     """Puts a compressed-tensors model that transformers itself loaded on grace's kernels, in place.
 
     For models loaded before ``import grace``. Call it before the first forward, at which
@@ -69,7 +70,7 @@ def accelerate(model: nn.Module) -> list[str]:
     return replaced
 
 
-def _scheme_of(linear: nn.Module) -> Scheme | None:
+def _scheme_of(linear: Any) -> Scheme | None:
     """Scheme of a layer that compressed-tensors prepared; None where grace cannot run it."""
     group = linear.quantization_scheme.model_dump()
     config = {
@@ -84,7 +85,7 @@ def _scheme_of(linear: nn.Module) -> Scheme | None:
         return None
 
 
-def _packed(name: str, linear: nn.Module, scheme: Scheme) -> PackedLinear:
+def _packed(name: str, linear: Any, scheme: Scheme) -> PackedLinear:
     tensors: dict[str, Tensor] = {key: getattr(linear, key).detach() for key in TENSORS}
     if any(tensor.is_meta for tensor in tensors.values()):
         raise ValueError(f"accelerate: weights must be in memory, got {name} offloaded")

@@ -30,6 +30,8 @@ class FakeQuantLinear(nn.Module):
         ValueError: bits outside 2–8, or a group size that neither divides in_features nor is −1.
     """
 
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         in_features: int,
@@ -84,10 +86,11 @@ class FakeQuantLinear(nn.Module):
             scale_dtype=scale_dtype,
             device="meta",
         )
-        layer.weight, layer.bias = linear.weight, linear.bias
+        layer.weight, layer.bias = cast(nn.Parameter, linear.weight), linear.bias
         found = init_log_scale(linear.weight, bits, group_size, init, scale_dtype=scale_dtype)
         layer.log_scale = nn.Parameter(found)
-        return layer.train(linear.training)
+        layer.training = linear.training
+        return layer
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., in_features] → [..., out_features], in the dtype of ``x``."""

@@ -12,7 +12,7 @@ from grace.formats import compressed_tensors
 from grace.formats.compressed_tensors import TENSORS, Scheme
 from grace.nn._keep_dtype import keep_dtype
 from grace.ops.dequant_gemm import dequant_gemm
-from grace.packing import pack, unpack
+from grace.packing import dequantize, pack, unpack
 
 
 class PackedLinear(nn.Module):
@@ -127,9 +127,16 @@ class PackedLinear(nn.Module):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """``codes · scales`` [out_features, in_features]: exact in float32, then rounded once."""
-        codes, scales = self.unpack()
-        grouped = codes.float().view(self.out_features, scales.shape[1], -1)
-        return (grouped * scales.float().unsqueeze(-1)).flatten(1).to(dtype)
+        qweight, scales = self._packed()
+        weight = dequantize(
+            qweight,
+            scales,
+            self.bits,
+            group_size=self.group_size,
+            in_features=self.in_features,
+            out_features=self.out_features,
+        )
+        return weight.to(dtype)
 
     @torch.no_grad()
     def pack_(self, name: str = "PackedLinear") -> PackedLinear:

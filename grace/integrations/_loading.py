@@ -1,0 +1,53 @@
+"""What both quantizers do around transformers' loading of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from grace.checkpoint import TensorInfo, read_header
+from grace.nn import FakeQuantLinear
+
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+def read_headers(files: Sequence[str] | None) -> dict[str, TensorInfo]:
+    """Tensors of the safetensors files that `from_pretrained` is about to read.
+
+    Empty where it reads none: weights given as a state dict, or pickles.
+
+    Raises:
+        ValueError: a file that is damaged.
+    """
+    tensors: dict[str, TensorInfo] = {}
+    for file in files or ():
+        if file.endswith(".safetensors"):
+            tensors.update(read_header(Path(file)))
+    return tensors
+
+
+def common_dtype(tensors: Mapping[str, TensorInfo], names: Iterable[str]) -> torch.dtype:
+    """The dtype that all of ``names`` have; float32, which holds them all, where they differ."""
+    kinds = {tensors[name].dtype for name in names}
+    return _DTYPES.get(kinds.pop(), torch.float32) if len(kinds) == 1 else torch.float32
+
+
+def cast_dense(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Gives the parameters that are not quantized the dtype that `from_pretrained` was asked for.
+
+    With a quantizer, transformers leaves a tensor whose name differs from the one in the file in
+    the file's dtype: a LLaVA stored in bfloat16 and loaded in float32 would be half of each.
+    """
+    kept: set[str] = set()  # what the model wants in float32, though it is loaded in 16 bits
+    if dtype in (torch.float16, torch.bfloat16):
+        kept.update(getattr(model, "_keep_in_fp32_modules", None) or ())
+        kept.update(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    for name, module in model.named_modules():
+        if dtype is None or isinstance(module, FakeQuantLinear) or any(k in name for k in kept):
+            continue
+        for parameter in module.parameters(recurse=False):
+            if parameter.is_floating_point() and parameter.dtype != dtype:
+                parameter.data = parameter.data.to(dtype)  # .data: a tied parameter stays tied
