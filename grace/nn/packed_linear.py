@@ -83,6 +83,8 @@ class PackedLinear(nn.Module):
         Raises:
             ValueError: shapes, dtypes or codes outside of the above.
         """
+        if codes.dim() != 2:
+            raise ValueError(f"PackedLinear: codes must be [N, K], got {list(codes.shape)}")
         rows, columns = codes.shape
         layer = cls(columns, rows, bits=bits, group_size=group_size, device="meta")
         layer._set(codes, scales)
@@ -115,28 +117,11 @@ class PackedLinear(nn.Module):
 
     def unpack(self) -> tuple[Tensor, Tensor]:
         """(codes int8 [out_features, in_features], scales [out_features, groups]), exactly."""
-        qweight, scales = self._packed()
-        return unpack(
-            qweight,
-            scales,
-            self.bits,
-            group_size=self.group_size,
-            in_features=self.in_features,
-            out_features=self.out_features,
-        )
+        return unpack(*self._packed(), self.bits, **self._sizes())
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """``codes · scales`` [out_features, in_features]: exact in float32, then rounded once."""
-        qweight, scales = self._packed()
-        weight = dequantize(
-            qweight,
-            scales,
-            self.bits,
-            group_size=self.group_size,
-            in_features=self.in_features,
-            out_features=self.out_features,
-        )
-        return weight.to(dtype)
+        return dequantize(*self._packed(), self.bits, **self._sizes()).to(dtype)
 
     @torch.no_grad()
     def pack_(self, name: str = "PackedLinear") -> PackedLinear:
@@ -163,14 +148,19 @@ class PackedLinear(nn.Module):
             raise ValueError("PackedLinear: weights must be loaded before use, got none")
         return self.qweight, self.scales
 
+    def _sizes(self) -> dict[str, int]:
+        return {
+            "group_size": self.group_size,
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+        }
+
     def _set(self, codes: Tensor, scales: Tensor) -> None:
-        groups = self.in_features // (
-            self.in_features if self.group_size == -1 else self.group_size
-        )
-        if tuple(scales.shape) != (self.out_features, groups):
+        groups = 1 if self.group_size == -1 else self.in_features // self.group_size
+        expected = (self.out_features, groups)
+        if tuple(scales.shape) != expected:
             raise ValueError(
-                f"PackedLinear: scales must be [{self.out_features}, {groups}], "
-                f"got {list(scales.shape)}"
+                f"PackedLinear: scales must be {list(expected)}, got {list(scales.shape)}"
             )
         self.qweight, self.scales = pack(codes, scales, self.bits)
         self.weight_packed = self.weight_scale = self.weight_shape = None
