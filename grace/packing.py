@@ -126,7 +126,8 @@ def dequantize(
         out_features=out_features,
     )
     compute = torch.float64 if scales.dtype == torch.float64 else torch.float32
-    grouped = codes.to(compute).view(out_features, scales.shape[1], -1)
+    groups = scales.shape[1]
+    grouped = codes.to(compute).view(out_features, groups, in_features // groups)
     return (grouped * scales.to(compute).unsqueeze(-1)).view(out_features, in_features)
 
 
@@ -142,7 +143,7 @@ def _order(source: tuple[str, ...], target: tuple[str, ...]) -> list[int]:
 def _to_bytes_4(codes: Tensor) -> Tensor:
     n_tiles, k_tiles = codes.shape[0] // TILE, codes.shape[1] // TILE
     # Two's complement to offset binary flips the top bit: code + 8 == (code & 15) ^ 8.
-    pairs = ((codes & 15) ^ 8).view(torch.uint8).view(n_tiles * 4, 2, -1)
+    pairs = ((codes & 15) ^ 8).view(torch.uint8).view(n_tiles * 4, 2, 8 * codes.shape[1])
     nibbles = pairs[:, 0] | (pairs[:, 1] << 4)
     return nibbles.view(_sizes(_AXES_4, n_tiles, k_tiles, 4)).permute(_order(_AXES_4, _STORED_4))
 

@@ -18,26 +18,47 @@ using torch::stable::parallel_for;
 
 // --- the portable kernel: any CPU, any group size -----------------------------------------------
 
-constexpr int64_t kRowsAtOnce = 64;  // rows of x for which a weight is dequantized once
-constexpr int kParts = 8;            // partial sums of a dot product: what a compiler vectorizes
+constexpr int64_t kRowsOfX = 64;  // rows of x for which a weight is dequantized once
+constexpr int kParts = 8;         // sums of a dot product that run side by side
+
+// The codes of one row of the weight as floats, zeros up to a whole tile.
+template <int kBits>
+void decode_row(const uint32_t* qweight, int64_t k_tiles, int64_t row, float* codes) {
+  constexpr uint32_t kMask = (1u << kBits) - 1;
+  constexpr float kZero = 1 << (kBits - 1);
+  const int r = static_cast<int>(row % kTile), gid = r % 8, r8 = r / 8 % 2;
+  const uint32_t* band = qweight + row / kTile * k_tiles * Layout<kBits>::kTileWords +
+                         r / kBand * Layout<kBits>::kBandWords;
+  for (int64_t tile = 0; tile < k_tiles; ++tile) {
+    for (int i = 0; i < kTile / 2; ++i) {  // pairs of neighbouring columns
+      const int block = i / 8, c8 = i / 4 % 2, lane = gid * 4 + i % 4;
+      const uint32_t pair = pair_at<kBits>(band, block, lane, c8, r8);
+      codes[2 * i] = static_cast<float>(pair & kMask) - kZero;
+      codes[2 * i + 1] = static_cast<float>(pair >> 16 & kMask) - kZero;
+    }
+    band += Layout<kBits>::kTileWords;
+    codes += kTile;
+  }
+}
 
 template <int kBits, typename T>
 void dequantize_row(const Call<T>& call, int64_t row, float* weights) {
   const Problem& p = call.problem;
-  for (int64_t k = 0; k < p.k; ++k) {
-    const int code = code_at<kBits>(call.qweight, p.k_tiles, row, k);
-    weights[k] = static_cast<float>(code) * call.scales.at(k / p.group_size, row);
+  decode_row<kBits>(call.qweight, p.k_tiles, row, weights);
+  for (int64_t group = 0; group < p.groups(); ++group) {
+    const float scale = call.scales.at(group, row);
+    const int64_t end = std::min(p.k, (group + 1) * p.group_size);
+    for (int64_t k = group * p.group_size; k < end; ++k) weights[k] *= scale;
   }
 }
 
-// Adds in the same order for every row of x.
-template <typename T>
-float dot(const float* weights, const T* x, int64_t k) {
+// Adds in one order, so that a row of x gives the same wherever it stands.
+float dot(const float* weights, const float* x, int64_t k) {
   float parts[kParts] = {};
   int64_t i = 0;
   for (; i + kParts <= k; i += kParts)
-    for (int j = 0; j < kParts; ++j) parts[j] += weights[i + j] * to_float(x[i + j]);
-  for (; i < k; ++i) parts[i % kParts] += weights[i] * to_float(x[i]);
+    for (int j = 0; j < kParts; ++j) parts[j] += weights[i + j] * x[i + j];
+  for (; i < k; ++i) parts[i % kParts] += weights[i] * x[i];
   float sum = 0.0f;
   for (const float part : parts) sum += part;
   return sum;
@@ -46,16 +67,21 @@ float dot(const float* weights, const T* x, int64_t k) {
 template <int kBits, typename T>
 void run_portable(const Call<T>& call) {
   const Problem& p = call.problem;
-  parallel_for(0, p.n, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> weights(p.k);
-    for (int64_t row = begin; row < end; ++row) {
-      dequantize_row<kBits>(call, row, weights.data());
-      for (int64_t m = 0; m < p.m; ++m) {
-        const float sum = dot(weights.data(), call.x + m * p.k, p.k);
-        call.out[m * p.n + row] = from_float<T>(call.bias ? sum + to_float(call.bias[row]) : sum);
+  std::vector<float> x(std::min(p.m, kRowsOfX) * p.k);
+  for (int64_t m = 0; m < p.m; m += kRowsOfX) {
+    const int64_t rows = std::min(kRowsOfX, p.m - m);
+    for (int64_t i = 0; i < rows * p.k; ++i) x[i] = to_float(call.x[m * p.k + i]);
+    parallel_for(0, p.n, 8, [&](int64_t begin, int64_t end) {
+      std::vector<float> weights(p.k_tiles * kTile);
+      for (int64_t n = begin; n < end; ++n) {
+        dequantize_row<kBits>(call, n, weights.data());
+        const float bias = call.bias ? to_float(call.bias[n]) : 0.0f;
+        for (int64_t i = 0; i < rows; ++i)
+          call.out[(m + i) * p.n + n] =
+              from_float<T>(dot(weights.data(), x.data() + i * p.k, p.k) + bias);
       }
-    }
-  });
+    });
+  }
 }
 
 // --- choice -------------------------------------------------------------------------------------

@@ -61,24 +61,25 @@ struct Call {
   T* out;         // [m, n]
 };
 
+// Two neighbours of a row, offset codes at bits 0 and 16 with others above them, of one band of a
+// tile: columns 16 * block + 8 * c8 + 2 * (lane % 4) and the next, row lane / 4 + 8 * r8.
+template <int kBits>
+GRACE_HOST_DEVICE uint32_t pair_at(const uint32_t* band, int block, int lane, int c8, int r8) {
+  if constexpr (kBits == 4) return band[lane * 4 + block] >> (8 * c8 + 4 * r8);
+  return band[block / 2 * 128 + lane * 4 + block % 2 * 2 + c8] >> (8 * r8);
+}
+
 // One code, found where grace.packing put it: for kernels that read codes one at a time.
 template <int kBits>
 GRACE_HOST_DEVICE int code_at(const uint32_t* qweight, int64_t k_tiles, int64_t row,
                               int64_t column) {
-  const int r = static_cast<int>(row % kTile);
-  const int c = static_cast<int>(column % kTile);
-  const int lane = r % 8 * 4 + c % 8 / 2;
-  const int block = c / kBlock, r8 = r / 8 % 2, c8 = c / 8 % 2, lo = c % 2;
+  const int r = static_cast<int>(row % kTile), c = static_cast<int>(column % kTile);
   const int64_t tile = row / kTile * k_tiles + column / kTile;
   const uint32_t* band =
       qweight + tile * Layout<kBits>::kTileWords + r / kBand * Layout<kBits>::kBandWords;
-  if constexpr (kBits == 4) {
-    const uint32_t word = band[lane * 4 + block];
-    return static_cast<int>(word >> (16 * lo + 8 * c8 + 4 * r8) & 15u) - 8;
-  } else {
-    const uint32_t word = band[block / 2 * 128 + lane * 4 + block % 2 * 2 + c8];
-    return static_cast<int>(word >> (16 * lo + 8 * r8) & 255u) - 128;
-  }
+  const uint32_t pair =
+      pair_at<kBits>(band, c / kBlock, r % 8 * 4 + c % 8 / 2, c / 8 % 2, r / 8 % 2);
+  return static_cast<int>(pair >> (16 * (c % 2)) & ((1u << kBits) - 1)) - (1 << (kBits - 1));
 }
 
 // --- codes as operand registers of a tensor core: pairs of bf16 or fp16 -------------------------
