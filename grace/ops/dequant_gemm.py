@@ -70,39 +70,22 @@ def _check(
     out_features: int,
 ) -> None:
     """Comparisons only, and few: decoding calls this for every layer and token."""
-    _check_activations(x)
-    _check_weight(qweight, scales, bits, out_features)
-    _check_in_features(x.shape[-1], qweight.shape[1], scales.shape[0], group_size)
+    in_features = _check_activations(x)
+    k_tiles = _check_qweight(qweight, bits, out_features)
+    groups = _check_scales(scales, out_features)
+    _check_in_features(in_features, k_tiles, groups, group_size)
     if not x.device == qweight.device == scales.device:
         _refuse("qweight and scales", f"be on {x.device}", f"{qweight.device}, {scales.device}")
     if bias is None:
         return
     if bias.dtype != x.dtype or bias.shape != (out_features,):
-        _refuse("bias", f"be {x.dtype} [{out_features}]", f"{bias.dtype} {list(bias.shape)}")
+        _refuse("bias", f"be {x.dtype} [{out_features}]", _describe(bias))
     if bias.device != x.device:
         _refuse("bias", f"be on {x.device}", bias.device)
 
 
-def _check_weight(qweight: Tensor, scales: Tensor, bits: int, out_features: int) -> None:
-    if bits not in (4, 8):
-        _refuse("bits", "be 4 or 8", bits)
-    if qweight.dtype != torch.int32 or qweight.dim() != 3 or not qweight.is_contiguous():
-        got = f"{qweight.dtype} {list(qweight.shape)}"
-        _refuse("qweight", "be int32 with 3 dimensions, contiguous", got)
-    if qweight.shape[2] != words_per_tile(bits):
-        allowed = f"have {words_per_tile(bits)} words a tile at {bits} bits"
-        _refuse("qweight", allowed, qweight.shape[2])
-    rows = qweight.shape[0] * TILE
-    if not rows - TILE < out_features <= rows or out_features < 0:
-        _refuse("out_features", f"be {max(rows - TILE + 1, 0)} to {rows}", out_features)
-    if scales.dtype not in KERNEL_DTYPES or scales.dim() != 2 or not scales.is_contiguous():
-        got = f"{scales.dtype} {list(scales.shape)}"
-        _refuse("scales", "be floating with 2 dimensions, contiguous", got)
-    if scales.shape[1] != rows:
-        _refuse("scales", f"have shape [G, {rows}]", list(scales.shape))
-
-
-def _check_activations(x: Tensor) -> None:
+def _check_activations(x: Tensor) -> int:
+    """Features of x."""
     if x.is_cuda:
         if x.dtype not in (torch.float16, torch.bfloat16):
             _refuse("x", "be float16 or bfloat16 on a GPU", x.dtype)
@@ -110,6 +93,33 @@ def _check_activations(x: Tensor) -> None:
         _refuse("x", "be float16, bfloat16 or float32", x.dtype)
     if x.dim() == 0:
         _refuse("x", "have at least one dimension", "shape []")
+    return x.shape[-1]
+
+
+def _check_qweight(qweight: Tensor, bits: int, out_features: int) -> int:
+    """Tiles along K."""
+    if bits not in (4, 8):
+        _refuse("bits", "be 4 or 8", bits)
+    shape = qweight.shape
+    if qweight.dtype != torch.int32 or len(shape) != 3 or not qweight.is_contiguous():
+        _refuse("qweight", "be int32 with 3 dimensions, contiguous", _describe(qweight))
+    if shape[2] != words_per_tile(bits):
+        _refuse("qweight", f"have {words_per_tile(bits)} words a tile at {bits} bits", shape[2])
+    rows = shape[0] * TILE
+    if not rows - TILE < out_features <= rows or out_features < 0:
+        _refuse("out_features", f"be {max(rows - TILE + 1, 0)} to {rows}", out_features)
+    return shape[1]
+
+
+def _check_scales(scales: Tensor, out_features: int) -> int:
+    """Groups a row."""
+    shape = scales.shape
+    if scales.dtype not in KERNEL_DTYPES or len(shape) != 2 or not scales.is_contiguous():
+        _refuse("scales", "be floating with 2 dimensions, contiguous", _describe(scales))
+    rows = -(-out_features // TILE) * TILE
+    if shape[1] != rows:
+        _refuse("scales", f"have shape [G, {rows}]", list(shape))
+    return shape[0]
 
 
 def _check_in_features(in_features: int, k_tiles: int, groups: int, group_size: int) -> None:
@@ -126,6 +136,10 @@ def _check_in_features(in_features: int, k_tiles: int, groups: int, group_size: 
         _refuse("group_size", allowed, group_size)
     if in_features != packed:
         _refuse("x", f"have {packed} features", in_features)
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)}"
 
 
 def _refuse(argument: str, allowed: str, got: object) -> NoReturn:
