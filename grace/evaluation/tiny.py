@@ -1,0 +1,182 @@
+"""The tiny teacher and student: LLaVA in a few hundred thousand parameters, shipped with grace.
+
+Both are ordinary transformers checkpoints (`LlavaForConditionalGeneration`, CLIP vision tower,
+Llama language model, word-level tokenizer, `LlavaProcessor`) that answer the questions of
+`grace.evaluation.synthetic`. `python -m grace.evaluation.make_tiny` makes them from scratch.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from torch import nn
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from .drawing import CELL_PIXELS, COLORS, IMAGE_PIXELS, SHAPES, THINGS
+from .topics import NUMBERS, SUFFIX, SUMS, plural
+
+ROOT = Path(__file__).parent / "tiny_models"
+IMAGE_TOKEN = "<image>"
+_SPECIAL = ["<pad>", "<unk>", "<s>", "</s>", IMAGE_TOKEN, "USER:", "ASSISTANT:"]
+_PHRASES = (
+    "Is there a or one in this image ? Are are How many What color is the text answer to sum "
+    "on left right of above below Yes No nothing row column"
+)
+_TEMPLATE = (
+    "<s>{% for message in messages %}{% if message['role'] == 'user' %}USER:"
+    "{% for part in message['content'] if part['type'] == 'image' %} <image>{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %} {{ part['text'] }}{% endfor %}"
+    "{% else %} ASSISTANT:{% generation %}"
+    "{% for part in message['content'] if part['type'] == 'text' %} {{ part['text'] }}{% endfor %}"
+    "</s>{% endgeneration %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %} ASSISTANT:{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Size:
+    """Widths and depths of a tiny model; every decoder linear has `width` or `inner` inputs."""
+
+    width: int
+    inner: int
+    layers: int
+    heads: int
+    vision_width: int
+    vision_layers: int = 2
+
+
+TEACHER = Size(width=128, inner=256, layers=4, heads=4, vision_width=96)
+STUDENT = Size(width=64, inner=128, layers=3, heads=4, vision_width=64)
+
+
+def teacher_dir() -> Path:
+    """Directory of the shipped teacher checkpoint; FileNotFoundError when it is not there."""
+    return _shipped("teacher")
+
+
+def student_dir() -> Path:
+    """Directory of the shipped student checkpoint; FileNotFoundError when it is not there."""
+    return _shipped("student")
+
+
+def _shipped(name: str) -> Path:
+    directory = ROOT / name
+    if not (directory / "model.safetensors").is_file():
+        raise FileNotFoundError(
+            f"tiny: the shipped {name} must be in {directory}, got no model.safetensors there; "
+            "make it with: python -m grace.evaluation.make_tiny"
+        )
+    return directory
+
+
+def vocabulary() -> list[str]:
+    """All words, in the order of their ids; the benchmark's suffix is one token."""
+    words = [*_SPECIAL, SUFFIX.strip(), *_PHRASES.split(), *COLORS, *THINGS, *NUMBERS]
+    words += [plural(shape) for shape in SHAPES] + [str(total) for total in SUMS]
+    return list(dict.fromkeys(words))
+
+
+def make_processor() -> LlavaProcessor:
+    """Word-level tokenizer, PIL image processor (no torchvision) and a LLaVA-1.5 chat template."""
+    ids = {word: index for index, word in enumerate(vocabulary())}
+    words = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split("?", "isolated")]
+    )
+    words.add_special_tokens([AddedToken(token, lstrip=True) for token in _SPECIAL])
+    words.add_tokens([AddedToken(SUFFIX.strip(), lstrip=True, normalized=False)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        padding_side="left",
+        model_max_length=512,
+        clean_up_tokenization_spaces=False,
+    )
+    pixels = {"height": IMAGE_PIXELS, "width": IMAGE_PIXELS}
+    images = CLIPImageProcessorPil(
+        size=pixels, crop_size=pixels, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    return LlavaProcessor(
+        image_processor=images,
+        tokenizer=tokenizer,
+        patch_size=CELL_PIXELS,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=_TEMPLATE,
+    )
+
+
+def make_model(size: Size, seed: int) -> LlavaForConditionalGeneration:
+    """An untrained model in fp32 with fan-in initialisation from `seed`."""
+    ids = {word: index for index, word in enumerate(vocabulary())}
+    vision = CLIPVisionConfig(
+        hidden_size=size.vision_width,
+        intermediate_size=2 * size.vision_width,
+        num_hidden_layers=size.vision_layers,
+        num_attention_heads=4,
+        image_size=IMAGE_PIXELS,
+        patch_size=CELL_PIXELS,
+        projection_dim=size.vision_width,
+    )
+    text = LlamaConfig(
+        vocab_size=len(ids),
+        hidden_size=size.width,
+        intermediate_size=size.inner,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        max_position_embeddings=512,
+        pad_token_id=ids["<pad>"],
+        bos_token_id=ids["<s>"],
+        eos_token_id=ids["</s>"],
+        tie_word_embeddings=False,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=ids[IMAGE_TOKEN],
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=False,
+    )
+    model = LlavaForConditionalGeneration(config)
+    initialize(model, seed)
+    return model
+
+
+@torch.no_grad()
+def initialize(model: nn.Module, seed: int) -> None:
+    """Normal weights of standard deviation fan_in^-1/2; layers that write to a residual stream
+    of L layers have (2 L fan_in)^-1/2, and embeddings 1/2.
+
+    transformers' default, 0.02 whatever the width, leaves layers this narrow near zero: such
+    models stay at chance for minutes.
+    """
+    random = torch.Generator().manual_seed(seed)
+    layers = model.config.text_config.num_hidden_layers
+    for name, module in sorted(model.named_modules()):
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            gain = 2 * layers if re.search(r"o_proj|down_proj|out_proj|fc2", name) else 1
+            deviation = 1 / math.sqrt(gain * module.weight[0].numel())
+        elif isinstance(module, nn.Embedding):
+            deviation = 0.5
+        else:
+            continue
+        module.weight.normal_(0.0, deviation, generator=random)
+        if getattr(module, "bias", None) is not None:
+            module.bias.zero_()
