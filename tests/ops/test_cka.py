@@ -1,0 +1,335 @@
+"""cka: kernels and reference against float64; the definition, the properties, images left out."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from conftest import Kernels
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import assert_accurate, to_double
+from torch import Tensor
+from windows import assert_margins_untouched, windowed
+
+from grace.ops import cka
+from grace.ops.cka import COUNTED, cka_and_counted, reference, reference_backward
+
+KERNEL_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Around the kernels' tiles of 64 rows and strips of 512, with images that are empty or too small.
+LENGTHS = [[5], [64], [65, 4], [7, 0, 3, 130], [1, 128, 2, 0], [40, 40, 40]]
+
+Case = tuple[Tensor, Tensor, Tensor]
+
+
+def bounds(lengths: list[int], start: int = 0) -> Tensor:
+    return torch.tensor([start, *lengths]).cumsum(0).to(torch.int32)
+
+
+def make_case(
+    lengths: list[int], ds: int = 20, dt: int = 33, dtype: torch.dtype = torch.float32
+) -> Case:
+    """Hidden states that share part of what they say, with a common offset as real ones have."""
+    n = sum(lengths)
+    common = torch.randn(n, 6)
+    student = common @ torch.randn(6, ds) + torch.randn(n, ds) + torch.randn(ds)
+    teacher = common @ torch.randn(6, dt) + torch.randn(n, dt) + torch.randn(dt)
+    return student.to(dtype), teacher.to(dtype), bounds(lengths)
+
+
+def gradient(student: Tensor, teacher: Tensor, cu_seqlens: Tensor, **options: int) -> Tensor:
+    student = student.detach().clone().requires_grad_()
+    cka(student, teacher, cu_seqlens, **options).sum().backward()
+    assert student.grad is not None
+    return student.grad
+
+
+def as_written(student: Tensor, teacher: Tensor) -> Tensor:
+    """CKA of one image, from the definition with n×n Grams and the centering matrix."""
+    n = len(student)
+    center = torch.eye(n, dtype=student.dtype) - 1 / n
+    unit = [torch.nn.functional.normalize(x, dim=1) for x in (student, teacher)]
+    k, l = (center @ (x @ x.t()) @ center for x in unit)  # noqa: E741 (the usual letters)
+    return (k * l).sum() / ((k * k).sum() * (l * l).sum()).sqrt()
+
+
+@pytest.mark.parametrize(("ds", "dt"), [(3, 5), (50, 40)])  # feature form, Gram form
+def test_reference_is_the_definition(ds, dt):
+    student, teacher, cu_seqlens = to_double(*make_case([8, 20, 11], ds, dt))
+    value = cka(student, teacher, cu_seqlens)
+    for image, rows in enumerate(torch.arange(39).split([8, 20, 11])):
+        torch.testing.assert_close(value[image], as_written(student[rows], teacher[rows]))
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_kernel_is_accurate(kernels: Kernels, lengths, dtype):
+    arguments = (*make_case(lengths, dtype=dtype), 4)
+    actual = kernels.cka(*kernels.put(*arguments))
+    exact, working = reference(*to_double(*arguments)), reference(*arguments)
+    for name, *values in zip(("value", "saved"), actual, exact, working, strict=True):
+        assert_accurate(*values, name=name)
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_kernel_backward_is_accurate(kernels: Kernels, lengths, dtype):
+    case = make_case(lengths, dtype=dtype)
+    grad = torch.randn(len(lengths))
+    saved = reference(*case, 4)[1]
+    actual = kernels.cka_backward(*kernels.put(grad, *case, saved))
+    exact = reference_backward(*to_double(grad, *case), reference(*to_double(*case), 4)[1])
+    assert_accurate(actual, exact, reference_backward(grad, *case, saved), name="grad_student")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ds", "dt"), [(64, 65), (70, 31), (1, 2)])
+def test_kernel_over_several_strips(kernels: Kernels, ds, dt):
+    case = make_case([530, 30], ds, dt)
+    actual, saved = kernels.cka(*kernels.put(*case, 4))
+    exact, working = reference(*to_double(*case), 4), reference(*case, 4)
+    assert_accurate(actual, exact[0], working[0], name="value")
+    grad = torch.ones(2)
+    actual = kernels.cka_backward(*kernels.put(grad, *case), saved)
+    exact_grad = reference_backward(*to_double(grad, *case), exact[1])
+    working_grad = reference_backward(grad, *case, working[1])
+    assert_accurate(actual, exact_grad, working_grad, name="grad_student")
+
+
+@pytest.mark.parametrize("ds", [3, 9])
+def test_gradient_by_finite_differences(ds):
+    student, teacher, cu_seqlens = to_double(*make_case([5, 1, 6], ds, 4))
+    student.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: cka(x, teacher, cu_seqlens), (student,))
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+def test_of_itself_is_one(kernels: Kernels, dtype):
+    student, _, cu_seqlens = make_case([30, 70], dtype=dtype)
+    value, saved = kernels.cka(*kernels.put(student, student, cu_seqlens, 4))
+    torch.testing.assert_close(value.cpu(), torch.ones(2), rtol=0, atol=1e-6)
+    grad = kernels.cka_backward(*kernels.put(torch.ones(2), student, student, cu_seqlens), saved)
+    assert grad.abs().max() < 1e-5
+
+
+def test_rotation_and_scale_change_nothing():
+    student, teacher, cu_seqlens = to_double(*make_case([12, 9], 7, 7))
+    rotation = torch.linalg.qr(torch.randn(7, 7, dtype=torch.float64))[0]
+    scales = torch.rand(21, 1, dtype=torch.float64) + 0.1
+    value = cka(student, teacher, cu_seqlens)
+    for other in (student @ rotation, student * scales, student * 1e3):
+        torch.testing.assert_close(cka(other, teacher, cu_seqlens), value)
+    torch.testing.assert_close(cka(teacher, student, cu_seqlens), value)
+    assert ((value > 0) & (value < 1)).all()
+
+
+def test_images_do_not_touch_each_other():
+    student, teacher, cu_seqlens = make_case([12, 70, 9])
+    together = cka(student, teacher, cu_seqlens)
+    for image, (a, b) in enumerate([(0, 12), (12, 82), (82, 91)]):
+        alone = cka(student[a:b], teacher[a:b], bounds([b - a]))
+        torch.testing.assert_close(together[image : image + 1], alone)
+
+
+def degenerate_case(kind: str) -> Case:
+    student, teacher, cu_seqlens = make_case([10, 8])
+    broken = teacher if kind.startswith("teacher") else student
+    if kind.endswith("equal"):
+        broken[:10] = broken[0].clone()
+    elif kind.endswith("parallel"):  # small integers, so that it stays so in every dtype
+        broken[:10] = torch.arange(1, 11)[:, None] * broken[0].round()
+    else:
+        broken[:10] = 0.0
+    return student, teacher, cu_seqlens
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize("how", ["equal", "parallel", "zero"])
+def test_degenerate_image_counts_as_nothing(kernels: Kernels, how, side, dtype):
+    student, teacher, cu_seqlens = degenerate_case(f"{side} {how}")
+    case = (student.to(dtype), teacher.to(dtype), cu_seqlens)
+    for forward, backward in (
+        (kernels.cka, kernels.cka_backward),
+        (reference, reference_backward),
+    ):
+        value, saved = forward(*kernels.put(*case, 4))
+        assert value[0].item() == 1.0
+        assert saved[:, COUNTED].tolist() == [0, 1]
+        grad = backward(*kernels.put(torch.ones(2), *case), saved)
+        assert grad[:10].eq(0).all()
+        assert grad[10:].any()
+
+
+@pytest.mark.parametrize("min_tokens", [1, 4, 8, 9])
+def test_small_image_counts_as_nothing(kernels: Kernels, min_tokens):
+    case = make_case([8, 3, 12])
+    value, saved = kernels.cka(*kernels.put(*case, min_tokens))
+    expected = [n >= min_tokens for n in (8, 3, 12)]
+    assert saved[:, COUNTED].bool().tolist() == expected
+    assert (value == 1).tolist() == [not counted for counted in expected]
+    counted = cka_and_counted(*case, min_tokens=min_tokens)[1]
+    assert counted.tolist() == expected
+    grad = kernels.cka_backward(*kernels.put(torch.ones(3), *case), saved).cpu()
+    assert [x.any().item() for x in grad.split([8, 3, 12])] == expected
+
+
+def test_one_row_counts_as_nothing():
+    case = make_case([1, 6])
+    assert cka_and_counted(*case, min_tokens=1)[1].tolist() == [False, True]
+
+
+def test_row_of_zeros_gets_no_gradient(kernels: Kernels):
+    student, teacher, cu_seqlens = make_case([10])
+    student[3] = 0.0
+    teacher[5] = 0.0
+    value, saved = kernels.cka(*kernels.put(student, teacher, cu_seqlens, 4))
+    grad = kernels.cka_backward(*kernels.put(torch.ones(1), student, teacher, cu_seqlens), saved)
+    assert value.isfinite().all()
+    assert grad.isfinite().all()
+    assert grad.any(1).tolist() == [i != 3 for i in range(10)]
+    torch.testing.assert_close(value.cpu(), reference(student, teacher, cu_seqlens, 4)[0])
+
+
+def test_not_a_number_is_seen(kernels: Kernels):
+    student, teacher, cu_seqlens = make_case([10, 8, 3])
+    student[4, 2] = math.nan
+    student[19] = math.nan  # in the image that is too small to count
+    value, _ = kernels.cka(*kernels.put(student, teacher, cu_seqlens, 4))
+    assert value.isnan().tolist() == [True, False, False]
+    assert value[2].item() == 1.0
+
+
+def test_rows_outside_the_images(kernels: Kernels):
+    student, teacher, _ = make_case([3, 10, 70, 5])
+    inside = slice(3, 83)
+    cu_seqlens = bounds([10, 70], start=3)
+    student[:3] = teacher[83:] = math.nan
+    value, saved = kernels.cka(*kernels.put(student, teacher, cu_seqlens, 4))
+    grad = kernels.cka_backward(*kernels.put(torch.ones(2), student, teacher, cu_seqlens), saved)
+    part = (student[inside], teacher[inside], bounds([10, 70]))
+    torch.testing.assert_close(value.cpu(), cka(*part))
+    torch.testing.assert_close(grad[inside].cpu(), gradient(*part))
+    assert grad[:3].eq(0).all()
+    assert grad[83:].eq(0).all()
+
+
+def test_wrong_bounds_do_not_lead_outside(kernels: Kernels):
+    if kernels.namespace == "grace" and kernels.device == "cpu":
+        pytest.skip("the reference raises, as test_bad_arguments checks")
+    student, teacher, _ = kernels.put(*make_case([20]))
+    wrong = torch.tensor([-7, 9, 4, 500], dtype=torch.int32, device=student.device)
+    cut = [windowed(x) for x in (student, teacher)]
+    value, saved = kernels.cka(*(inside for inside, _ in cut), wrong, 4)
+    assert value.isfinite().all()
+    grad = kernels.cka_backward(torch.ones_like(value), *(i for i, _ in cut), wrong, saved)
+    assert grad.shape == student.shape
+    for _, buffer in cut:
+        assert_margins_untouched(buffer)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 9), max_size=4),
+    ds=st.integers(1, 8),
+    dt=st.integers(1, 8),
+)
+def test_any_shape(lengths, ds, dt):
+    case = make_case(lengths, ds, dt)
+    value, counted = cka_and_counted(*case)
+    assert value.shape == counted.shape == (len(lengths),)
+    assert not (counted & (torch.tensor(lengths) < 4)).any()
+    assert value[~counted].eq(1).all()
+    assert ((value >= 0) & (value <= 1 + 1e-5)).all()
+    assert gradient(*case).isfinite().all()
+
+
+@pytest.mark.parametrize("lengths", [[], [0], [0, 0]])
+def test_no_rows(kernels: Kernels, lengths):
+    case = make_case(lengths)
+    value, saved = kernels.cka(*kernels.put(*case, 4))
+    assert value.tolist() == [1.0] * len(lengths)
+    grad = kernels.cka_backward(*kernels.put(torch.ones(len(lengths)), *case), saved)
+    assert list(grad.shape) == [0, 20]
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+def test_kernels_stay_inside_their_tensors(kernels: Kernels, dtype):
+    case = make_case([66, 0, 9], dtype=dtype)
+    cut = [windowed(t) for t in kernels.put(*case)]
+    tensors = [inside for inside, _ in cut]
+    value, saved = kernels.cka(*tensors, 4)
+    grad = kernels.cka_backward(torch.ones_like(value), *tensors, saved)
+    assert value.isfinite().all()
+    assert grad.isfinite().all()
+    for _, buffer in cut:
+        assert_margins_untouched(buffer)
+
+
+def test_repeats_bitwise(kernels: Kernels):
+    case = kernels.put(*make_case([100, 33]))
+    first, second = (kernels.cka(*case, 4) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    grad = torch.ones_like(first[0])
+    assert torch.equal(*(kernels.cka_backward(grad, *case, first[1]) for _ in range(2)))
+
+
+def test_autocast_changes_nothing():
+    case = make_case([12, 9])
+    expected = cka(*case), gradient(*case)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = cka(*case), gradient(*case)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_opcheck():
+    student, teacher, cu_seqlens = make_case([7, 9])
+    torch.library.opcheck(torch.ops.grace.cka, (student.requires_grad_(), teacher, cu_seqlens, 4))
+
+
+def test_compiles_once_for_any_number_of_images_and_rows():
+    compiled = torch.compile(cka, fullgraph=True, backend="aot_eager", dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for lengths in ([5, 6], [8, 9, 4], [7, 0, 30, 12]):
+            student, teacher, cu_seqlens = make_case(lengths)
+            student.requires_grad_()
+            actual = compiled(student, teacher, cu_seqlens)
+            torch.testing.assert_close(actual, cka(student, teacher, cu_seqlens))
+            (grad,) = torch.autograd.grad(actual.sum(), student)
+            torch.testing.assert_close(grad, gradient(student, teacher, cu_seqlens))
+
+
+def test_non_contiguous_input():
+    student, teacher, cu_seqlens = make_case([12, 9])
+    strided = student.t().contiguous().t()
+    spaced = cu_seqlens.repeat_interleave(2)[::2]
+    torch.testing.assert_close(
+        gradient(strided, teacher.t().contiguous().t(), spaced),
+        gradient(student, teacher, cu_seqlens),
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"student": torch.zeros(20)}, r"student must have 2 dimensions, got shape \[20\]"),
+        ({"student": torch.zeros(20, 3).int()}, r"student must be one of float32"),
+        ({"teacher": torch.zeros(19, 33)}, r"teacher must have 20 rows like student, got 19"),
+        ({"teacher": torch.zeros(20, 33).half()}, r"teacher must be torch.float32 like student"),
+        ({"cu_seqlens": torch.tensor([0, 20])}, r"cu_seqlens must be int32, got torch.int64"),
+        ({"cu_seqlens": torch.zeros(0).int()}, r"cu_seqlens must have at least 1 element, got 0"),
+        ({"cu_seqlens": torch.zeros(1, 2).int()}, r"cu_seqlens must have 1 dimensions"),
+        (
+            {"cu_seqlens": bounds([21])},
+            r"cu_seqlens must not decrease and lie in 0..20, got \[0, 21",
+        ),
+        ({"cu_seqlens": bounds([9, -2])}, r"cu_seqlens must not decrease and lie in 0..20"),
+        ({"min_tokens": 0}, r"min_tokens must be at least 1, got 0"),
+    ],
+)
+def test_bad_arguments(changes, message):
+    names = ("student", "teacher", "cu_seqlens")
+    arguments = dict(zip(names, make_case([20]), strict=True)) | changes
+    with pytest.raises(ValueError, match="cka: " + message):
+        cka(**arguments)
