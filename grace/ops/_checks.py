@@ -39,6 +39,20 @@ def require_same_device(op: str, first: str, a: Tensor, second: str, b: Tensor) 
         raise ValueError(f"{op}: {second} must be on {first}'s device {a.device}, got {b.device}")
 
 
+def require_same_dtype(op: str, first: str, a: Tensor, second: str, b: Tensor) -> None:
+    """Requires two arguments to have one dtype."""
+    if a.dtype != b.dtype:
+        raise ValueError(f"{op}: {second} must be {a.dtype} like {first}, got {b.dtype}")
+
+
+def require_same_rows(op: str, first: str, a: Tensor, second: str, b: Tensor) -> None:
+    """Requires two arguments to have the same first dimension."""
+    if a.shape[0] != b.shape[0]:
+        raise ValueError(
+            f"{op}: {second} must have {a.shape[0]} rows like {first}, got {b.shape[0]}"
+        )
+
+
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that references compute in: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

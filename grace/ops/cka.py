@@ -32,6 +32,8 @@ from grace.ops._checks import (
     require_dims,
     require_floating,
     require_same_device,
+    require_same_dtype,
+    require_same_rows,
 )
 
 _DEGENERATE = 1e-10  # of a Gram's norm, a row
@@ -76,11 +78,8 @@ def cka_and_counted(
     for name, hidden in (("student", student), ("teacher", teacher)):
         require_dims(op, name, hidden, 2)
         require_floating(op, name, hidden)
-    same = teacher.dtype == student.dtype
-    require(same, op, "teacher", f"be {student.dtype} like student", teacher.dtype)
-    if teacher.shape[0] != student.shape[0]:
-        rows = f"{student.shape[0]} rows like student"
-        raise ValueError(f"{op}: teacher must have {rows}, got {teacher.shape[0]}")
+    require_same_dtype(op, "student", student, "teacher", teacher)
+    require_same_rows(op, "student", student, "teacher", teacher)
     require_dims(op, "cu_seqlens", cu_seqlens, 1)
     require(cu_seqlens.dtype == torch.int32, op, "cu_seqlens", "be int32", cu_seqlens.dtype)
     bounds = cu_seqlens.shape[0]

@@ -37,6 +37,8 @@ from grace.ops._checks import (
     require_dims,
     require_floating,
     require_same_device,
+    require_same_dtype,
+    require_same_rows,
 )
 
 _INPUTS = "Tensor student, Tensor teacher, Tensor labels"
@@ -151,26 +153,18 @@ def check_logits(op: str, student: Tensor, teacher: Tensor, labels: Tensor) -> N
         require_dims(op, name, logits, 2)
         require_floating(op, name, logits)
         require(logits.shape[1] >= 2, op, name, "have at least 2 classes", logits.shape[1])
-        require_same_device(op, "student_logits", student, name, logits)
-    require_labels(op, labels, "student_logits", student)
-    require_same_device(op, "student_logits", student, "labels", labels)
-    require_rows(op, "teacher_logits", teacher, "student_logits", student)
-    matches = teacher.dtype == student.dtype
-    require(matches, op, "teacher_logits", f"be {student.dtype} like the student's", teacher.dtype)
+    check_labels(op, labels, "student_logits", student)
+    for name, other in (("teacher_logits", teacher), ("labels", labels)):
+        require_same_device(op, "student_logits", student, name, other)
+    require_same_rows(op, "student_logits", student, "teacher_logits", teacher)
+    require_same_dtype(op, "student_logits", student, "teacher_logits", teacher)
 
 
-def require_labels(op: str, labels: Tensor, like: str, tensor: Tensor) -> None:
-    """Requires ``labels`` to be int64 [n], n the rows of ``tensor``."""
+def check_labels(op: str, labels: Tensor, like: str, tensor: Tensor) -> None:
+    """Raises ValueError unless ``labels`` is int64 [n], n the rows of ``tensor``."""
     require_dims(op, "labels", labels, 1)
     require(labels.dtype == torch.int64, op, "labels", "be int64", labels.dtype)
-    require_rows(op, "labels", labels, like, tensor)
-
-
-def require_rows(op: str, argument: str, tensor: Tensor, like: str, other: Tensor) -> None:
-    """Requires two arguments to have the same first dimension."""
-    if tensor.shape[0] != other.shape[0]:
-        rows = f"{other.shape[0]} rows like {like}"
-        raise ValueError(f"{op}: {argument} must have {rows}, got {tensor.shape[0]}")
+    require_same_rows(op, like, tensor, "labels", labels)
 
 
 def _takes_part(labels: Tensor, classes: int, ignore_index: int) -> Tensor:

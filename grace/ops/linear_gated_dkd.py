@@ -29,14 +29,10 @@ from grace.ops._checks import (
     require_dims,
     require_floating,
     require_same_device,
+    require_same_dtype,
+    require_same_rows,
 )
-from grace.ops.gated_dkd import (
-    SAVED_COLUMNS,
-    check_settings,
-    gated_mean,
-    require_labels,
-    require_rows,
-)
+from grace.ops.gated_dkd import SAVED_COLUMNS, check_labels, check_settings, gated_mean
 
 # Student and teacher logits of one chunk together; their gradient adds half as much again.
 _CHUNK_BYTES = 512 * 2**20
@@ -99,7 +95,7 @@ def linear_gated_dkd(
     op = "linear_gated_dkd"
     _check_side(op, "student", student_hidden, student_head, student_hidden)
     _check_side(op, "teacher", teacher_hidden, teacher_head, student_hidden)
-    require_labels(op, labels, "student_hidden", student_hidden)
+    check_labels(op, labels, "student_hidden", student_hidden)
     on_device = labels.device == student_hidden.device or labels.device.type == "cpu"
     allowed = f"be on {student_hidden.device} or on the host"
     require(on_device, op, "labels", allowed, labels.device)
@@ -135,10 +131,9 @@ def _check_side(op: str, side: str, hidden: Tensor, head: Tensor, student: Tenso
     for name, tensor in ((f"{side}_hidden", hidden), (f"{side}_head", head)):
         require_dims(op, name, tensor, 2)
         require_floating(op, name, tensor)
-        same = tensor.dtype == student.dtype
-        require(same, op, name, f"be {student.dtype} like student_hidden", tensor.dtype)
+        require_same_dtype(op, "student_hidden", student, name, tensor)
         require_same_device(op, "student_hidden", student, name, tensor)
-    require_rows(op, f"{side}_hidden", hidden, "student_hidden", student)
+    require_same_rows(op, "student_hidden", student, f"{side}_hidden", hidden)
     features, classes = hidden.shape[1], head.shape[0]
     matches = head.shape[1] == features
     require(matches, op, f"{side}_head", f"have {features} features", head.shape[1])
