@@ -259,7 +259,7 @@ def reference_backward(
     target = labels.clamp(0, shared - 1).unsqueeze(1)
     q_s = (z[:, :shared] / temperature - rest_s).exp()
     q_t = (w / temperature - rest_t).exp()
-    rest = scale * ((beta - alpha * gap) * q_s - beta * q_t)
+    rest = scale * (beta * (q_s - q_t) - alpha * gap * q_s)
     distillation = torch.where(distilled, rest.scatter(1, target, scale * alpha * gap), 0.0)
     weight = grad_ce.unsqueeze(1)
     grad = weight * (z - log_sum).exp()

@@ -130,13 +130,15 @@ def test_gate_reaches_from_uniform_to_certain():
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
-def test_equal_logits_give_exactly_zero(kernels: Kernels, dtype):
-    logits, _, labels = make_case(vs=101, dtype=dtype)
+def test_equal_logits_give_zero(kernels: Kernels, dtype):
+    logits, _, labels = make_case(vs=101, vt=101, dtype=dtype)
+    # Exactly, where the compiler does not choose which multiply-adds to fuse on either side.
+    noise = 1e-5 if kernels.device == "cuda" else 0.0
     loss, *_, saved = kernels.gated_dkd(*kernels.put(logits, logits, labels, *SETTINGS))
-    assert loss.eq(0).all()
+    assert loss.abs().max() <= noise
     ones, zeros = torch.ones(len(labels)), torch.zeros(len(labels))
     arguments = kernels.put(ones, zeros, logits, logits, labels, saved, *SETTINGS)
-    assert kernels.gated_dkd_backward(*arguments).eq(0).all()
+    assert kernels.gated_dkd_backward(*arguments).abs().max() <= noise
 
 
 def test_shifting_logits_changes_nothing():
@@ -217,29 +219,19 @@ def test_teacher_may_rule_classes_out(kernels: Kernels):
         assert_accurate(*values, name=name)
 
 
-def rows_by_label(kernels: Kernels | None, vs: int, vt: int, labels: list[int]):
-    student, teacher, _ = make_case(len(labels), vs, vt)
-    arguments = (student, teacher, torch.tensor(labels), *SETTINGS)
-    forward = reference if kernels is None else kernels.gated_dkd
-    backward = reference_backward if kernels is None else kernels.gated_dkd_backward
-    if kernels is not None:
-        arguments = tuple(kernels.put(*arguments))
-    outputs = forward(*arguments)
-    ones = torch.ones_like(outputs[0])
-    grad = backward(ones, ones, *arguments[:3], outputs[3], *SETTINGS)
-    return [x.cpu() for x in (*outputs[:3], grad)]
-
-
-@pytest.mark.parametrize("compiled", [False, True])
-def test_what_a_label_says(kernels: Kernels, compiled):
-    labels = [IGNORE, 3, 12, 14, -1, 99]  # of 14 classes, 12 shared
-    loss, gate, cross_entropy, grad = rows_by_label(kernels if compiled else None, 14, 12, labels)
+def test_what_a_label_says(kernels: Kernels):
+    labels = torch.tensor([IGNORE, 3, 12, 14, -1, 99])  # of 14 classes, 12 of them shared
+    student, teacher, _ = make_case(len(labels), 14, 12)
+    case = kernels.put(student, teacher, labels)
+    loss, gate, cross_entropy, saved = kernels.gated_dkd(*case, *SETTINGS)
     assert loss.isnan().tolist() == [False, False, False, True, True, True]
     assert cross_entropy.isnan().tolist() == [False, False, False, True, True, True]
     assert (gate > 0).tolist() == [False, True, False, False, False, False]
     assert loss[[0, 2]].tolist() == [0, 0]
     assert cross_entropy[0] == 0
     assert cross_entropy[2] > 0
+    ones = torch.ones_like(loss)
+    grad = kernels.gated_dkd_backward(ones, ones, *case, saved, *SETTINGS)
     assert grad.isfinite().all()
     assert grad.any(1).tolist() == [False, True, True, False, False, False]
     assert (grad[1, 12:] != 0).all()  # the padding, through the cross-entropy

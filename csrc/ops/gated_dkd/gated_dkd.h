@@ -23,11 +23,6 @@ struct Settings {
 // Columns of `saved`: what the backward needs of a row beside the logits themselves.
 enum Saved { kLogRestStudent, kLogRestTeacher, kLogSumStudent, kProbabilityGap, kSavedColumns };
 
-// A logit that is left out is -infinity, and -infinity minus itself is not a number.
-GRACE_HOST_DEVICE float exp_below(float logit, float max) {
-  return logit == -kInfinity ? 0.0f : expf(logit - max);
-}
-
 // Of the student's logits z, with m the largest of them.
 struct StudentSums {
   float max;
@@ -43,9 +38,11 @@ struct StudentSums {
     max = to;
   }
 
+  // A class left out is -infinity, which minus itself is not a number.
   GRACE_HOST_DEVICE void add(float z, const Settings& s) {
-    tempered += exp_below(z * s.inverse_temperature, max * s.inverse_temperature);
-    plain += exp_below(z, max);
+    if (z == -kInfinity) return;
+    tempered += expf((z - max) * s.inverse_temperature);
+    plain += expf(z - max);
   }
 
   GRACE_HOST_DEVICE void merge(StudentSums other, const Settings& s) {
@@ -78,12 +75,13 @@ struct TeacherSums {
   }
 
   GRACE_HOST_DEVICE void add(float w, float z, const Settings& s) {
-    const float e = exp_below(w * s.inverse_temperature, max * s.inverse_temperature);
+    if (w == -kInfinity) return;
+    const float e = expf((w - max) * s.inverse_temperature);
+    const float p = expf(w - max);
     tempered += e;
-    if (e != 0.0f) cross += e * ((w - z) * s.inverse_temperature);
-    const float p = exp_below(w, max);
     plain += p;
-    if (p != 0.0f) depth += p * (w - max);
+    depth += p * (w - max);
+    if (e != 0.0f) cross += e * ((w - z) * s.inverse_temperature);  // 0 log 0 = 0
   }
 
   GRACE_HOST_DEVICE void merge(TeacherSums other, const Settings& s) {
@@ -111,10 +109,10 @@ GRACE_HOST_DEVICE float log_sigmoid(float u) { return fminf(u, 0.0f) - log1pf(ex
 // of shared classes: all of the row but its cross-entropy, to which more classes may belong.
 GRACE_HOST_DEVICE Row distill(const StudentSums& student, TeacherSums teacher, float z, float w,
                               int64_t shared, const Settings& s) {
-  const float rest_student = student.max * s.inverse_temperature + logf(student.tempered);
-  const float rest_teacher = teacher.max * s.inverse_temperature + logf(teacher.tempered);
-  const float u_student = z * s.inverse_temperature - rest_student;
-  const float u_teacher = w * s.inverse_temperature - rest_teacher;
+  const float rest_student = fmaf(student.max, s.inverse_temperature, logf(student.tempered));
+  const float rest_teacher = fmaf(teacher.max, s.inverse_temperature, logf(teacher.tempered));
+  const float u_student = fmaf(z, s.inverse_temperature, -rest_student);
+  const float u_teacher = fmaf(w, s.inverse_temperature, -rest_teacher);
   const float tckd = sigmoid(u_teacher) * (log_sigmoid(u_teacher) - log_sigmoid(u_student)) +
                      sigmoid(-u_teacher) * (log_sigmoid(-u_teacher) - log_sigmoid(-u_student));
   const float nckd = teacher.cross / teacher.tempered - rest_teacher + rest_student;
@@ -136,30 +134,28 @@ GRACE_HOST_DEVICE float log_sum(const StudentSums& sums) { return sums.max + log
 // What the gradient at any class of a row needs.
 struct RowGradient {
   float rest_student, rest_teacher, log_sum;
-  float student;        // factor of q_s
-  float teacher;        // factor of q_t
-  float target;         // the distillation's gradient at the target
+  float beta;           // factor of q_s - q_t
+  float gap;            // factor of e_t - q_s
   float cross_entropy;  // factor of the softmax at temperature 1, and minus that at the target
 };
 
 GRACE_HOST_DEVICE RowGradient row_gradient(const float* saved, float grad_loss, float grad_ce,
                                            const Settings& s) {
-  const float gap = s.alpha * saved[kProbabilityGap];
   const float scale = s.temperature * grad_loss;
   return {saved[kLogRestStudent],
           saved[kLogRestTeacher],
           saved[kLogSumStudent],
-          scale * (s.beta - gap),
-          -scale * s.beta,
-          scale * gap,
+          scale * s.beta,
+          scale * s.alpha * saved[kProbabilityGap],
           grad_ce};
 }
 
 GRACE_HOST_DEVICE float distillation_gradient(float z, float w, bool is_target,
                                               const RowGradient& row, const Settings& s) {
-  if (is_target) return row.target;
-  return row.student * expf(z * s.inverse_temperature - row.rest_student) +
-         row.teacher * expf(w * s.inverse_temperature - row.rest_teacher);
+  if (is_target) return row.gap;
+  const float q_student = expf(fmaf(z, s.inverse_temperature, -row.rest_student));
+  const float q_teacher = expf(fmaf(w, s.inverse_temperature, -row.rest_teacher));
+  return row.beta * (q_student - q_teacher) - row.gap * q_student;
 }
 
 GRACE_HOST_DEVICE float cross_entropy_gradient(float z, bool is_target, const RowGradient& row) {
