@@ -1,0 +1,91 @@
+"""Everything a study is made from, and the sizes it comes in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """Data, training and scoring of a study on the synthetic benchmark.
+
+    Attributes:
+        seed: of the drawn benchmark, training and held-out.
+        seeds: training seeds; every trained arm runs once for each.
+        steps: optimizer steps of every trained arm.
+        batch_images: images a step; each comes with `questions_per_image` questions.
+        train_images: training images drawn; fewer than steps * batch_images means epochs.
+        heldout_images: images a subtask of the held-out benchmark, two questions each.
+        bits, group_size: of the quantized arms.
+        learning_rate: of every trained arm, tuned for each with the same budget (`learning_rates`
+            overrides it for an arm, by its name).
+        models: directory of the models, None for those that ship with grace.
+    """
+
+    seed: int = 0
+    seeds: tuple[int, ...] = (0,)
+    steps: int = 300
+    batch_images: int = 32
+    questions_per_image: int = 6
+    train_images: int = 6400
+    heldout_images: int = 400
+    bits: tuple[int, ...] = (4, 2)
+    group_size: int = 32
+    learning_rate: float = 1e-3
+    learning_rates: tuple[tuple[str, float], ...] = ()
+    warmup_steps: int = 20
+    weight_decay: float = 0.01
+    batch_size: int = 128
+    models: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_images", "questions_per_image", "train_images", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"study: {name} must be at least 1, got {getattr(self, name)}")
+        if self.heldout_images < 2 or self.heldout_images % 2:
+            raise ValueError(
+                f"study: heldout_images must be even and at least 2, got {self.heldout_images}"
+            )
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"study: seeds must be different numbers, got {self.seeds}")
+
+    def learning_rate_of(self, arm: str) -> float:
+        """The learning rate of an arm, by its name."""
+        return dict(self.learning_rates).get(arm, self.learning_rate)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The configuration as JSON holds it."""
+        return json.loads(json.dumps(asdict(self)))
+
+    def fingerprint(self) -> str:
+        """Changes with whatever changes a result: results of another one are not taken over."""
+        facts = {name: value for name, value in self.as_dict().items() if name != "seeds"}
+        text = json.dumps(facts, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def from_dict(options: dict[str, Any]) -> StudyConfig:
+    """The inverse of `as_dict`."""
+    made = dict(options)
+    for name in ("seeds", "bits"):
+        made[name] = tuple(made[name])
+    made["learning_rates"] = tuple((arm, rate) for arm, rate in made["learning_rates"])
+    return StudyConfig(**made)
+
+
+SCALES: dict[str, StudyConfig] = {
+    "default": StudyConfig(),
+    # Everything once, for tests: says nothing about methods.
+    "tiny": replace(
+        StudyConfig(),
+        steps=4,
+        batch_images=4,
+        train_images=16,
+        heldout_images=4,
+        warmup_steps=1,
+        batch_size=64,
+    ),
+}

@@ -1,0 +1,128 @@
+"""Arms, statistics and the cached teacher."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from grace.study.arms import Arm, quickstart_arms
+from grace.study.config import SCALES, from_dict
+from grace.study.data import PackedQuestions, cache_teacher, draw
+from grace.study.report import read_study
+from grace.study.run import run_study
+from grace.study.statistics import pair_scores, paired_difference, subtask_errors, total_error
+from grace.study.worker import load, processor_of
+from grace.training import GraceConfig
+from grace.training.adapters import adapter_for
+from grace.training.step import Teacher, model_inputs, plan
+
+
+def test_arms_that_are_compared_differ_in_nothing_else() -> None:
+    by_name = {arm.name: arm for arm in quickstart_arms()}
+    assert by_name["grace-2"].training_options() == {"bits": 2}
+    assert by_name["control"].training_options()["quantization"] is False
+    assert not by_name["rtn-4"].trained
+    assert by_name["qat-4"].training_options().keys() >= {"distillation", "omega"}
+    with pytest.raises(ValueError, match="method must be one of"):
+        Arm("gptq", 4)
+    with pytest.raises(ValueError, match="rtn must not be at 32 bits"):
+        Arm("rtn")
+
+
+def test_the_fingerprint_is_of_what_changes_results() -> None:
+    config = SCALES["default"]
+    assert replace(config, seeds=(0, 1)).fingerprint() == config.fingerprint()
+    assert replace(config, steps=7).fingerprint() != config.fingerprint()
+    assert from_dict(config.as_dict()) == config
+
+
+def test_standard_errors_are_those_of_means_over_pairs_of_images() -> None:
+    right = "2210012222"
+    points = np.array([{"0": 0, "1": 50, "2": 200}[digit] for digit in right])
+    pairs = points.reshape(-1, 2).mean(1)
+    np.testing.assert_allclose(pair_scores(right), pairs)
+    error = pairs.std(ddof=1) / np.sqrt(5)
+    assert subtask_errors([{"count": right}])["count"] == pytest.approx(error)
+    both = {"count": right, "color": right}
+    assert total_error([both]) == pytest.approx(np.sqrt(2) * error)
+    assert paired_difference([both], [both]) == (0.0, 0.0)
+    other = {"count": right, "color": "0" * 10}
+    assert paired_difference([both], [other]) == pytest.approx((points.mean(), error))
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory, models: Path) -> tuple:
+    config = replace(SCALES["tiny"], models=str(models), questions_per_image=5)
+    root = tmp_path_factory.mktemp("drawn") / "data"
+    draw(root, config)
+    return config, root
+
+
+def test_cached_teacher_rows_are_the_teacher_s_own(drawn: tuple, tmp_path: Path) -> None:
+    config, root = drawn
+    options = GraceConfig(output_dir=str(tmp_path), use_cpu=True)
+    model = load(config, "teacher")
+    plain = PackedQuestions(root / "train", processor_of(config))
+    cache_teacher(model, plain, tmp_path / "teacher.safetensors", options, batch_images=5)
+    cached = PackedQuestions(root / "train", processor_of(config), tmp_path / "teacher.safetensors")
+    student = adapter_for(load(config, "student"))
+    teacher = Teacher(model, options)
+    for chosen in ([3, 0, 7], [15, 2]):
+        fresh, brought = (
+            plan([data.collate([data[i] for i in chosen])], student, teacher, options, lambda x: x)
+            for data in (plain, cached)
+        )
+        for a, b in zip(fresh, brought, strict=True):
+            torch.testing.assert_close(a.teacher.last, b.teacher.last, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(a.teacher.layer, b.teacher.layer, rtol=1e-4, atol=1e-4)
+            assert torch.equal(a.index, b.index)
+
+
+def test_rows_of_another_teacher_are_refused(drawn: tuple, tmp_path: Path) -> None:
+    config, root = drawn
+    options = GraceConfig(output_dir=str(tmp_path), use_cpu=True)
+    data = PackedQuestions(root / "train", processor_of(config))
+    batch = {**data.collate([data[0]]), "teacher_last": torch.zeros(1, 32)}
+    batch["teacher_layer"] = torch.zeros(16, 32)
+    student = adapter_for(load(config, "student"))
+    with pytest.raises(ValueError, match="teacher_last must have a row for each of"):
+        plan([batch], student, Teacher(load(config, "teacher"), options), options, lambda x: x)
+
+
+def test_packed_batches_hold_every_question(drawn: tuple) -> None:
+    config, root = drawn
+    data = PackedQuestions(root / "train", processor_of(config))
+    batch = data.collate([data[0], data[9]])
+    assert len(data) == 16
+    blocks = [(position == 18).sum() for position in batch["position_ids"]]
+    assert blocks == [5, 5]
+    output = load(config, "student")(**model_inputs(batch))
+    assert output.logits.isfinite().all()
+
+
+def test_a_teacher_that_is_missing_is_told_of_first(tmp_path: Path) -> None:
+    config = replace(SCALES["tiny"], models=str(tmp_path / "absent"))
+    with pytest.raises(OSError, match="must be a directory, got nothing"):
+        run_study(config, quickstart_arms(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        (None, FileNotFoundError, "report needs a study.json"),
+        ("{", ValueError, "must be JSON"),
+        ("{}", ValueError, "must be a grace-study of version 1"),
+    ],
+)
+def test_files_that_are_no_study(
+    tmp_path: Path, text: str | None, error: type[Exception], message: str
+) -> None:
+    if text is not None:
+        (tmp_path / "study.json").write_text(text)
+    with pytest.raises(error, match=message):
+        read_study(tmp_path)
