@@ -8,10 +8,11 @@ _MAX_CHARACTERS = 500
 
 
 def bad_input(error: BaseException) -> bool:
-    """Whether `error` tells of bad input: usage, a value, a file, a checkpoint that is corrupt."""
+    """Whether `error` tells of bad input: usage, a value, a file, a checkpoint that is corrupt,
+    data or a learning rate that make a loss that is not finite."""
     if hasattr(error, "format_message"):  # usage errors of click, wherever typer keeps it
         return True
-    return isinstance(error, (ValueError, OSError)) or _is_third_party(error)
+    return isinstance(error, ValueError | OSError | FloatingPointError) or _is_third_party(error)
 
 
 def _is_third_party(error: BaseException) -> bool:

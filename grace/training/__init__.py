@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from grace.training.collator import Collator
+    from grace.training.config import GraceConfig
+    from grace.training.data import ConversationDataset
+    from grace.training.trainer import GraceTrainer
 
 _HOME = {
     "GraceConfig": "config",
@@ -11,7 +17,7 @@ _HOME = {
     "Collator": "collator",
     "ConversationDataset": "data",
 }
-__all__ = sorted(_HOME)
+__all__ = ["Collator", "ConversationDataset", "GraceConfig", "GraceTrainer"]
 
 
 def __getattr__(name: str) -> Any:

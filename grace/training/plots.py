@@ -9,7 +9,7 @@ from typing import Any
 # Panel titles and the keys of metrics.jsonl they show.
 PANELS = {
     "cross-entropy": ("ce",),
-    "distillation": ("gdkd", "kd"),
+    "distillation (GDKD, KD)": ("gdkd", "kd"),
     "RCKA (1 − CKA)": ("rcka",),
     "β": ("beta",),
     "gradient norm": ("grad_norm",),
@@ -21,6 +21,7 @@ def plot_curves(
     runs: Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Mapping[str, Any]]],
     path: Path,
     panels: Sequence[str] = tuple(PANELS),
+    styles: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Path:
     """Draw one panel a quantity over steps; panels that no run has are left out.
 
@@ -28,6 +29,7 @@ def plot_curves(
         runs: rows of one run, or rows by the name of a run.
         path: PNG to write.
         panels: names of `PANELS`.
+        styles: arguments of matplotlib's `plot` by the name of a run.
     """
     from matplotlib.figure import Figure
 
@@ -41,7 +43,8 @@ def plot_curves(
         for name, rows in named.items():
             steps, values = _points(rows, title)
             if steps:
-                axes.plot(steps, values, label=name or None, linewidth=1.2)
+                style = {"linewidth": 1.2, **((styles or {}).get(name) or {})}
+                axes.plot(steps, values, label=name or None, **style)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("step", fontsize=8)
         axes.tick_params(labelsize=8)

@@ -26,11 +26,12 @@ from typing import Any
 import torch
 import yaml
 
+from grace.checkpoint import Checkpoint
 from grace.training.callbacks import METRICS, read_metrics
 from grace.training.config import GraceConfig, check_keys, suggestion
 
 FINAL = "final"
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,8 @@ def parse_config(options: dict[str, Any]) -> RunConfig:
     if training.needs_teacher and not teacher:
         raise ValueError("train: teacher must be given unless distillation is none and omega 0")
     for name in filter(None, (student, teacher)):
-        _require_model(name)
+        if Path(name).exists() or not is_hub_name(name):
+            Checkpoint(name)  # raises where it is not whole
     return RunConfig(student, data, training, teacher, source)
 
 
@@ -131,9 +133,9 @@ def _as_numbers(options: dict[str, Any]) -> dict[str, Any]:
     return made
 
 
-def _require_model(name: str) -> None:
-    if not Path(name).exists() and not _HUB_NAME.fullmatch(name):
-        raise FileNotFoundError(f"train: no model directory {name}")
+def is_hub_name(name: str) -> bool:
+    """Whether `name` can be one of the hub: owner/name."""
+    return _HUB_NAME.fullmatch(name) is not None
 
 
 def run(config: RunConfig) -> Path:

@@ -21,7 +21,10 @@ from grace.training.config import GraceConfig
 from grace.training.objective import Share, gate_sum
 
 IGNORE = -100
-EXTRA_KEYS = ("labels", "row_ids")  # what a batch carries beside the inputs of the model
+# A batch may bring the teacher's rows with it (made once, before training): nothing is run then.
+TEACHER_LAST, TEACHER_LAYER = "teacher_last", "teacher_layer"
+# What a batch carries beside the inputs of the model.
+EXTRA_KEYS = ("labels", "row_ids", TEACHER_LAST, TEACHER_LAYER)
 
 
 @dataclass(frozen=True)
@@ -112,8 +115,23 @@ _Draft = tuple[Tensor, Tensor, VisualTokens | None, TeacherRows | None]
 def _draft(batch: Mapping[str, Any], adapter: Adapter, teacher: Teacher | None) -> _Draft:
     index, targets = supervised(batch["labels"])
     visual = adapter.visual_tokens(batch) if teacher is not None and teacher.aligns else None
-    rows = None if teacher is None else teacher(model_inputs(batch), index, visual)
-    return index, targets, visual, rows
+    return index, targets, visual, _teacher_rows(batch, teacher, index, visual)
+
+
+def _teacher_rows(
+    batch: Mapping[str, Any], teacher: Teacher | None, index: Tensor, visual: VisualTokens | None
+) -> TeacherRows | None:
+    if teacher is None:
+        return None
+    if TEACHER_LAST not in batch:
+        return teacher(model_inputs(batch), index, visual)
+    rows = TeacherRows(batch[TEACHER_LAST], None if visual is None else batch[TEACHER_LAYER])
+    if rows.last.shape[0] != index.numel():
+        raise ValueError(
+            f"GraceTrainer: {TEACHER_LAST} must have a row for each of {index.numel()} supervised "
+            f"tokens, got {rows.last.shape[0]}"
+        )
+    return rows
 
 
 def supervised(labels: Tensor) -> tuple[Tensor, Tensor]:

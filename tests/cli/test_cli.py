@@ -1,0 +1,197 @@
+"""The command itself: what it lists, what it loads, how it tells of bad input."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from grace.cli import command_names, main
+
+
+def run(*arguments: Any) -> int:
+    """Exit code of `grace ARGUMENTS`."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    return int(stop.value.code or 0)
+
+
+def told(capsys: pytest.CaptureFixture) -> str:
+    """The one line on stderr."""
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("grace: ")
+    return lines[0]
+
+
+def test_help_loads_nothing_heavy() -> None:
+    program = (
+        "import sys\nfrom grace.cli import main\n"
+        "try: main(['--help'])\nexcept SystemExit as stop: assert not stop.code\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'matplotlib', 'yaml'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name in ("info", "quickstart", "train", "evaluate", "generate", "study"):
+        assert name in done.stdout
+
+
+@pytest.mark.parametrize("name", command_names())
+def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture) -> None:
+    assert run(name, "--help") == 0
+    assert len(capsys.readouterr().out) > 100
+
+
+def test_no_command_shows_help(capsys: pytest.CaptureFixture) -> None:
+    assert run() == 0
+    assert "quickstart" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nope"], "No such command 'nope'"),
+        (["info", "--nope"], "No such option"),
+        (["train"], "Missing argument"),
+        (["study"], "Missing command"),
+        (["train", "absent.yaml"], "config must be a file, got absent.yaml"),
+        (["evaluate", "absent", "."], "must be"),
+        (["study", "report", "absent"], "needs a study.json"),
+        (["generate", "absent", "--prompt", "?", "--image", "absent.png"], "absent.png"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture
+) -> None:
+    assert run(*arguments) == 2
+    assert message in told(capsys)
+
+
+def _failing(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def build() -> typer.Typer:
+        app = typer.Typer()
+
+        @app.command()
+        def fail() -> None:
+            raise error
+
+        @app.command()
+        def rest() -> None:
+            """Beside `fail`, so that its name has to be given."""
+
+        return app
+
+    monkeypatch.setattr("grace.cli.build_app", build)
+
+
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GRACE_DEBUG", raising=False)
+    _failing(monkeypatch, ValueError("a\n  long   story"))
+    assert run("fail") == 2
+    monkeypatch.setenv("GRACE_DEBUG", "1")
+    with pytest.raises(ValueError, match="long"):
+        main(["fail"])
+
+
+def test_a_long_message_is_made_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.delenv("GRACE_DEBUG", raising=False)
+    _failing(monkeypatch, OSError("a\n  long   story " + "x" * 1000))
+    assert run("fail") == 2
+    line = told(capsys)
+    assert line.startswith("grace: a long story xxx")
+    assert len(line) < 520
+
+
+def test_a_fault_of_the_program_is_not_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    _failing(monkeypatch, RuntimeError("a fault"))
+    with pytest.raises(RuntimeError, match="a fault"):
+        main(["fail"])
+
+
+def test_info_names_a_kernel_for_every_op_and_device(capsys: pytest.CaptureFixture) -> None:
+    assert run("info", "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert {"cka", "dequant_gemm", "fake_quant", "gated_dkd", "linear_gated_dkd"} <= set(
+        facts["ops"]
+    )
+    for kernels in facts["ops"].values():
+        assert set(kernels) == {"cpu", "cuda"}
+        assert set(kernels.values()) <= {"compiled", "reference"}
+    assert facts["versions"]["torch"]
+    assert run("info") == 0
+    assert "linear_gated_dkd" in capsys.readouterr().out
+
+
+@pytest.fixture
+def benchmark(tmp_path: Path) -> Path:
+    from grace.evaluation import synthetic
+
+    synthetic.draw(tmp_path / "mme", images_per_subtask=2, seed=3)
+    return tmp_path / "mme"
+
+
+def test_evaluate_writes_official_results_and_scores(
+    models: Path, benchmark: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    from grace.evaluation import mme
+
+    out = tmp_path / "out"
+    options = ("--out", out, "--max-new-tokens", 2, "--device", "cpu", "--prompt", "plain")
+    assert run("evaluate", models / "student", benchmark, *options) == 0
+    rows = mme.read_results(out)
+    assert len(rows) == 24
+    scores = json.loads((out / "scores.json").read_text())
+    assert scores["prompt"] == "plain"
+    assert scores["total"] == mme.score(rows)["total"]
+    assert "perception" in capsys.readouterr().out
+
+
+def test_generate_streams_and_tells_its_speed(
+    models: Path, benchmark: Path, capsys: pytest.CaptureFixture
+) -> None:
+    image = benchmark / "count" / "000.png"
+    options = ("--image", image, "--prompt", "How many stars ?", "--max-new-tokens", 3)
+    assert run("generate", models / "student", *options, "--device", "cpu") == 0
+    captured = capsys.readouterr()
+    assert captured.out.strip()
+    assert "tokens/s, first after" in captured.err
+
+
+@pytest.mark.parametrize("damage", ["truncated", "config", "missing"])
+def test_a_damaged_checkpoint_is_one_line(
+    models: Path, benchmark: Path, tmp_path: Path, capsys: pytest.CaptureFixture, damage: str
+) -> None:
+    import shutil
+
+    broken = shutil.copytree(models / "student", tmp_path / "broken")
+    weights = broken / "model.safetensors"
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-1000])
+    elif damage == "config":
+        (broken / "config.json").write_text("{")
+    else:
+        weights.unlink()
+    capsys.readouterr()
+    assert run("evaluate", broken, benchmark, "--out", tmp_path / "out") == 2
+    assert "checkpoint: " in told(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_devices_and_dtypes_that_are_not_there(
+    models: Path, benchmark: Path, capsys: pytest.CaptureFixture
+) -> None:
+    capsys.readouterr()
+    assert run("evaluate", models / "student", benchmark, "--dtype", "int8") == 2
+    assert "dtype must be one of" in told(capsys)
+    assert run("evaluate", models / "student", benchmark, "--device", "abacus") == 2
+    assert "device must be" in told(capsys)
+    assert run("evaluate", models / "student", benchmark, "--prompt", "odd") == 2
+    assert "variant must be one of" in told(capsys)

@@ -1,0 +1,117 @@
+"""`grace train`: from a YAML to a student that `grace export` packs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from grace.cli import main
+from grace.evaluation import synthetic
+
+
+def _train(*arguments: Any) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main(["train", *map(str, arguments)])
+    return int(stop.value.code or 0)
+
+
+@pytest.fixture
+def config(tmp_path: Path, models: Path) -> Path:
+    synthetic.training_rows(tmp_path / "data", images=4, seed=0, questions_per_image=6)
+    options = {
+        "student": str(models / "student"),
+        "teacher": str(models / "teacher"),
+        "data": {"path": str(tmp_path / "data" / "train.json")},
+        "output_dir": str(tmp_path / "run"),
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "group_size": 16,
+        "learning_rate": "1e-3",  # as YAML reads 1e-3
+        "logging_steps": 1,
+        "save_steps": 1,
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(options))
+    return tmp_path / "config.yaml"
+
+
+def test_a_run_holds_config_log_metrics_plots_and_a_student_to_export(
+    config: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    assert _train(config, "bits=8", "tau=0.5") == 0
+    names = {path.name for path in run.iterdir()}
+    assert names == {
+        *("config.yaml", "train.log", "metrics.jsonl", "curves.png"),
+        *("checkpoint-1", "checkpoint-2", "final"),
+    }
+    assert yaml.safe_load((run / "config.yaml").read_text())["bits"] == 8
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2]
+    assert {"ce", "gdkd", "rcka", "beta", "tokens_per_second", "grad_norm"} <= set(rows[0])
+    assert not list(run.glob("**/*.bin"))
+    with pytest.raises(SystemExit) as stop:
+        main(["export", str(run / "final"), str(tmp_path / "packed")])
+    assert not stop.value.code
+    assert (tmp_path / "packed" / "model.safetensors").is_file()
+
+
+def test_a_run_is_not_written_over_but_resumed(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert _train(config) == 0
+    whole = (tmp_path / "run" / "final" / "model.safetensors").read_bytes()
+    capsys.readouterr()
+    assert _train(config) == 2
+    assert "output_dir must not hold another run" in capsys.readouterr().err
+    checkpoint = tmp_path / "run" / "checkpoint-1"
+    assert _train(config, f"resume_from_checkpoint={checkpoint}") == 0
+    assert (tmp_path / "run" / "final" / "model.safetensors").read_bytes() == whole
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("bitz=4", "unknown option 'bitz', did you mean 'bits'?"),
+        ("data.root=x", "unknown option data.root"),
+        ("bits=11", "bits must be 2 to 8, got 11"),
+        ("group_size=48", "group_size must divide in_features 32"),
+        ("learning_rate=fast", "learning_rate must be a number, got 'fast'"),
+        ("preset=none", "preset must be one of paper, qwen3vl"),
+        ("teacher=", "teacher must be given"),
+        ("student=./absent", "absent must be a directory, got nothing"),
+        ("data.path=absent.json", "data.path must be a file, got absent.json"),
+        ("data.image_root=absent", "data: row 0 must be usable"),
+        ("data.on_error=ignore", "on_error must be one of"),
+        ("data.max_length=4", "max_length is 4"),
+        ("nonsense", "override must be key=value, got 'nonsense'"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture, override: str, message: str
+) -> None:
+    capsys.readouterr()
+    assert _train(config, override) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("grace: ")]
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert not (tmp_path / "run" / "final").exists()
+    if "max_length" not in override:  # told of by the first row that is read
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("rows", ["[]", "{", ""])
+def test_data_without_rows(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture, rows: str
+) -> None:
+    (tmp_path / "data" / "train.json").write_text(rows)
+    assert _train(config) == 2
+    assert "grace: data: " in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
