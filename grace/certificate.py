@@ -42,9 +42,9 @@ class Certificate:
             return f"{len(self.files)} files are as certified"
         return (
             f"{self.quantized_layers} quantized layers ({self.codes} codes) and "
-            f"{self.other_tensors} other tensors equal the reference; logits within "
-            f"{self.logits.difference:.1e} of {self.logits.largest:.1e}, "
-            f"{self.logits.top1_agreement:.1%} of the tokens the same"
+            f"{self.other_tensors} other tensors equal the reference; logits differ by "
+            f"{self.logits.relative_error:.1e}, {self.logits.top1_agreement:.1%} of the tokens "
+            "come out the same"
         )
 
     def write(self, directory: Path) -> None:

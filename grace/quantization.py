@@ -136,6 +136,8 @@ def _linears(module: nn.Module) -> dict[str, nn.Linear]:
 
 
 def _select(linears: Mapping[str, nn.Linear], skip: Sequence[str]) -> dict[str, nn.Linear]:
+    if not linears:
+        raise ValueError("quantize: decoder layers must hold linears, got them all quantized")
     for pattern in skip:
         if not any(re.search(pattern, name) for name in linears):
             raise ValueError(f"quantize: skip must match linears of the model, got {pattern!r}")

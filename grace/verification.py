@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from grace.certificate import Certificate, check_files, start
-from grace.checkpoint import PICKLES, Checkpoint
+from grace.checkpoint import DTYPES, PICKLES, Checkpoint
 from grace.formats.compressed_tensors_config import read_config
 from grace.logits_check import compare_logits, run_dtype
 from grace.nn import FakeQuantLinear, PackedLinear
 
 _PARTS = ("weight_packed", "weight_scale", "weight_shape")
-_TOLERANCES = {"F32": 1e-3, "F16": 1e-2, "BF16": 5e-2}  # of logits, by the dtype of dense tensors
+_TOLERANCES = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of logits
 
 LowBit = FakeQuantLinear | PackedLinear
 
@@ -169,14 +169,16 @@ def _compare_loaded(
             certificate.differences.append(f"{name}: loaded as {type(other).__name__}")
         elif not all(map(torch.equal, other.unpack(), _codes_and_scales(module))):
             certificate.differences.append(f"{name}: codes or scales differ after loading")
-    certificate.logits = compare_logits(reference, loaded, inputs, _tolerance(checkpoint))
+    certificate.logits = compare_logits(reference, loaded, inputs, _tolerance(checkpoint, loaded))
     if not certificate.logits.ok:
         certificate.differences.append(f"logits differ: {certificate.logits}")
 
 
-def _tolerance(checkpoint: Checkpoint) -> float:
-    dense = {i.dtype for n, i in checkpoint.tensors.items() if not n.endswith(_PARTS)}
-    return max(_TOLERANCES.get(dtype, 0.0) for dtype in dense)
+def _tolerance(checkpoint: Checkpoint, loaded: Any) -> float:
+    """By the coarser of two dtypes: that of the dense tensors on disk, and that it runs in."""
+    dense = (info for name, info in checkpoint.tensors.items() if not name.endswith(_PARTS))
+    dtypes = {loaded.dtype, *(DTYPES.get(info.dtype) for info in dense)}
+    return max(_TOLERANCES.get(dtype, 0.0) for dtype in dtypes)
 
 
 def _refuse_pickles(directory: Path) -> None:

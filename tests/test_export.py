@@ -40,7 +40,7 @@ def test_exported_model_is_the_trained_one(name: str, bits: int, tmp_path: Path)
     layers = [module for module in model.modules() if isinstance(module, FakeQuantLinear)]
     assert certificate.codes == sum(layer.weight.numel() for layer in layers)
     assert certificate.logits.tokens == 24
-    assert certificate.logits.difference < 1e-5
+    assert certificate.logits.relative_error < 1e-5
     # The source is as it was, in training.
     assert model.training
     assert model.config.quantization_config == config

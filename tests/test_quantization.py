@@ -107,6 +107,16 @@ def test_models_without_decoder_layers_are_refused():
         grace.quantize(model, group_size=16)
 
 
+def test_a_quantized_model_is_not_quantized_again():
+    model = models.qwen2()
+    grace.quantize(model, group_size=32)
+    with pytest.raises(ValueError, match="got them all quantized"):
+        grace.quantize(model, group_size=32)
+    grace.pack(model)
+    with pytest.raises(ValueError, match="got them all quantized"):
+        grace.quantize(model, group_size=32)
+
+
 def test_only_4_and_8_bits_are_packed():
     model = models.qwen2()
     with pytest.raises(ValueError, match="must hold FakeQuantLinear layers, got none"):

@@ -38,7 +38,8 @@ def encode(codes: Tensor, scales: Tensor, bits: int) -> dict[str, Tensor]:
         ValueError: bits other than 4 and 8.
     """
     _check_bits(bits)
-    offset = (codes.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8)
+    # Two's complement to offset binary flips the top bit.
+    offset = ((codes & 15) ^ 8 if bits == 4 else codes ^ -128).view(torch.uint8)
     padded = pad(offset, (0, -codes.shape[1] % (32 // bits)))
     bytes_ = padded if bits == 8 else padded[:, 0::2] | (padded[:, 1::2] << 4)
     return {
@@ -51,13 +52,32 @@ def encode(codes: Tensor, scales: Tensor, bits: int) -> dict[str, Tensor]:
 def decode(tensors: Mapping[str, Tensor], scheme: Scheme, name: str) -> tuple[Tensor, Tensor]:
     """The exact inverse of `encode`: (codes int8 [N, K], scales [N, G]).
 
+    Arguments and errors as `check`.
+    """
+    check(tensors, scheme, name)
+    columns = int(tensors["weight_shape"][1])
+    return codes_of(tensors["weight_packed"], scheme.bits, columns), tensors["weight_scale"]
+
+
+def codes_of(words: Tensor, bits: int, columns: int) -> Tensor:
+    """Codes int8 [n, columns] of the rows ``words`` int32 of a ``weight_packed``."""
+    bytes_ = words.contiguous().view(torch.uint8)
+    if bits == 8:
+        return (bytes_[:, :columns] ^ 128).view(torch.int8)
+    nibbles = torch.stack((bytes_ & 15, bytes_ >> 4), dim=-1).flatten(1)
+    return nibbles[:, :columns].view(torch.int8) - 8
+
+
+def check(tensors: Mapping[str, Tensor], scheme: Scheme, name: str) -> None:
+    """Requires that the three tensors of a linear agree with each other and with its scheme.
+
     Args:
         tensors: the tensors called `TENSORS`, of one linear.
         scheme: bits and group size that the checkpoint's config gives for it.
         name: the linear's name, for messages.
 
     Raises:
-        ValueError: a tensor whose shape or dtype does not agree with the others or the scheme.
+        ValueError: a tensor of another shape or dtype.
     """
     words, scales = tensors["weight_packed"], tensors["weight_scale"]
     rows, columns = (int(size) for size in tensors["weight_shape"])
@@ -73,12 +93,6 @@ def decode(tensors: Mapping[str, Tensor], scheme: Scheme, name: str) -> tuple[Te
         raise ValueError(
             f"compressed-tensors: {name}.weight_packed must be int32, got {words.dtype}"
         )
-    bytes_ = words.contiguous().view(torch.uint8)
-    if scheme.bits == 4:
-        bytes_ = torch.stack((bytes_ & 15, bytes_ >> 4), dim=-1).flatten(1)
-    offset = 2 ** (scheme.bits - 1)
-    codes = (bytes_[:, :columns].to(torch.int16) - offset).to(torch.int8)
-    return codes, scales
 
 
 def shapes(rows: int, columns: int, scheme: Scheme, name: str) -> dict[str, tuple[int, ...]]:

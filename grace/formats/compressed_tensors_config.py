@@ -29,7 +29,7 @@ def make_config(quantized: Mapping[str, Scheme], other: Iterable[str]) -> dict[s
         other: names of all linears that stay as they are.
 
     Raises:
-        ValueError: no packed linear, or unlike schemes in linears that servers fuse (q/k/v, gate/up).
+        ValueError: no packed linear, or unlike ones in what servers fuse (q/k/v, gate/up).
     """
     if not quantized:
         raise ValueError("compressed-tensors: a checkpoint must have quantized linears, got none")

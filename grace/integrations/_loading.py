@@ -8,10 +8,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from grace.checkpoint import TensorInfo, read_header
+from grace.checkpoint import DTYPES, TensorInfo, read_header
 from grace.nn import FakeQuantLinear
-
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 def read_headers(files: Sequence[str] | None) -> dict[str, TensorInfo]:
@@ -32,7 +30,7 @@ def read_headers(files: Sequence[str] | None) -> dict[str, TensorInfo]:
 def common_dtype(tensors: Mapping[str, TensorInfo], names: Iterable[str]) -> torch.dtype:
     """The dtype that all of ``names`` have; float32, which holds them all, where they differ."""
     kinds = {tensors[name].dtype for name in names}
-    return _DTYPES.get(kinds.pop(), torch.float32) if len(kinds) == 1 else torch.float32
+    return DTYPES.get(kinds.pop(), torch.float32) if len(kinds) == 1 else torch.float32
 
 
 def cast_dense(model: nn.Module, dtype: torch.dtype | None) -> None:

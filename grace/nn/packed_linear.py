@@ -12,7 +12,9 @@ from grace.formats import compressed_tensors
 from grace.formats.compressed_tensors import TENSORS, Scheme
 from grace.nn._keep_dtype import keep_dtype
 from grace.ops.dequant_gemm import dequant_gemm
-from grace.packing import dequantize, pack, unpack
+from grace.packing import TILE, dequantize, pack, unpack
+
+_CHUNK = 1 << 22  # codes that packing has in work at once
 
 
 class PackedLinear(nn.Module):
@@ -117,11 +119,13 @@ class PackedLinear(nn.Module):
 
     def unpack(self) -> tuple[Tensor, Tensor]:
         """(codes int8 [out_features, in_features], scales [out_features, groups]), exactly."""
-        return unpack(*self._packed(), self.bits, **self._sizes())
+        qweight, scales = self._packed()
+        return unpack(qweight, scales, self.bits, **self._sizes())
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """``codes · scales`` [out_features, in_features]: exact in float32, then rounded once."""
-        return dequantize(*self._packed(), self.bits, **self._sizes()).to(dtype)
+        qweight, scales = self._packed()
+        return dequantize(qweight, scales, self.bits, **self._sizes()).to(dtype)
 
     @torch.no_grad()
     def pack_(self, name: str = "PackedLinear") -> PackedLinear:
@@ -162,17 +166,27 @@ class PackedLinear(nn.Module):
             raise ValueError(
                 f"PackedLinear: scales must be {list(expected)}, got {list(scales.shape)}"
             )
-        self.qweight, self.scales = pack(codes, scales, self.bits)
-        self.weight_packed = self.weight_scale = self.weight_shape = None
+        self._take(*pack(codes, scales, self.bits))
 
     def _set_encoded(self, tensors: Mapping[str, Tensor], name: str) -> None:
-        codes, scales = compressed_tensors.decode(tensors, self.scheme, name)
-        if tuple(codes.shape) != (self.out_features, self.in_features):
+        words, scales, shape = (tensors[key] for key in TENSORS)
+        compressed_tensors.check(tensors, self.scheme, name)
+        if shape.tolist() != [self.out_features, self.in_features]:
             raise ValueError(
                 f"PackedLinear: {name}.weight_shape must be "
-                f"[{self.out_features}, {self.in_features}], got {list(codes.shape)}"
+                f"[{self.out_features}, {self.in_features}], got {shape.tolist()}"
             )
-        self._set(codes, scales)
+        # By blocks of whole tiles, so that a large layer's codes are never all there at once.
+        rows = max(1, _CHUNK // (self.in_features * TILE)) * TILE
+        parts = [
+            pack(compressed_tensors.codes_of(block, self.bits, self.in_features), s, self.bits)
+            for block, s in zip(words.split(rows), scales.split(rows), strict=True)
+        ]
+        self._take(torch.cat([part[0] for part in parts]), torch.cat([p[1] for p in parts], dim=1))
+
+    def _take(self, qweight: Tensor, scales: Tensor) -> None:
+        self.qweight, self.scales = qweight, scales
+        self.weight_packed = self.weight_scale = self.weight_shape = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
         kept = keep_dtype(fn, self.scales, self.weight_scale)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.quantizers import auto
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
+from transformers.trainer_utils import validate_quantization_for_training
 from transformers.utils import quantization_config as transformers_config
 
 import grace
@@ -352,6 +353,7 @@ def test_a_model_in_training_is_loaded_as_it_was(name: str, tmp_path: Path):
         assert a.requires_grad == b.requires_grad
     loaded.save_pretrained(tmp_path / "b")
     assert_same_files(tmp_path / "a", tmp_path / "b")
+    validate_quantization_for_training(loaded)  # what a Trainer asks
     loaded.train()(input_ids=TOKENS, labels=TOKENS).loss.backward()
     assert loaded.get_submodule(names[0]).log_scale.grad.abs().sum() > 0
 
