@@ -20,7 +20,7 @@ quickstart: build
 build: $(STAMPS)/build
 
 test: build $(STAMPS)/test
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope tests
 
 lint: $(STAMPS)/dev
 	$(BIN)/ruff check .

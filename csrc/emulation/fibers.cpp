@@ -1,4 +1,5 @@
 // The scheduler behind cuda.h: one fiber a CUDA thread, switched at barriers and warp exchanges.
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <array>
@@ -20,8 +21,12 @@ constexpr int kLanes = 32;
 
 enum class State { kReady, kAtBlockBarrier, kAtWarpBarrier, kDone };
 
+// Control goes from the scheduler to a fiber and back. Each side leaves by _longjmp to where the
+// other left off, which costs no system call, unlike swapcontext; that one only enters a fiber.
 struct Fiber {
-  ucontext_t context;
+  ucontext_t entry;
+  jmp_buf at;
+  bool entered = false;
   std::unique_ptr<char[]> stack;
   Thread thread;
   State state = State::kReady;
@@ -38,6 +43,7 @@ struct Block {
   std::vector<unsigned char> shared;
   const std::function<void()>* body = nullptr;
   ucontext_t scheduler;
+  jmp_buf at_scheduler;
   int running = 0;
 };
 
@@ -48,22 +54,30 @@ Fiber& running_fiber() { return current->fibers[static_cast<size_t>(current->run
 void enter_fiber() {
   (*current->body)();
   running_fiber().state = State::kDone;
-  swapcontext(&running_fiber().context, &current->scheduler);
+  _longjmp(current->at_scheduler, 1);
 }
 
 void wait_in(State state) {
   Fiber& fiber = running_fiber();
   fiber.state = state;
-  swapcontext(&fiber.context, &current->scheduler);
+  if (_setjmp(fiber.at) == 0) _longjmp(current->at_scheduler, 1);
+}
+
+void resume(Block& block, Fiber& fiber) {
+  if (_setjmp(block.at_scheduler) != 0) return;
+  if (fiber.entered) _longjmp(fiber.at, 1);
+  fiber.entered = true;
+  swapcontext(&block.scheduler, &fiber.entry);
 }
 
 void start(Fiber& fiber) {
   if (!fiber.stack) fiber.stack = std::make_unique_for_overwrite<char[]>(kStackBytes);
-  getcontext(&fiber.context);
-  fiber.context.uc_stack.ss_sp = fiber.stack.get();
-  fiber.context.uc_stack.ss_size = kStackBytes;
-  fiber.context.uc_link = nullptr;
-  makecontext(&fiber.context, &enter_fiber, 0);
+  getcontext(&fiber.entry);
+  fiber.entry.uc_stack.ss_sp = fiber.stack.get();
+  fiber.entry.uc_stack.ss_size = kStackBytes;
+  fiber.entry.uc_link = nullptr;
+  makecontext(&fiber.entry, &enter_fiber, 0);
+  fiber.entered = false;
   fiber.state = State::kReady;
 }
 
@@ -111,7 +125,7 @@ bool run_ready_fibers(Block& block) {
   for (size_t i = 0; i < block.fibers.size(); ++i) {
     if (block.fibers[i].state != State::kReady) continue;
     block.running = static_cast<int>(i);
-    swapcontext(&block.scheduler, &block.fibers[i].context);
+    resume(block, block.fibers[i]);
     progress = true;
   }
   return progress;
