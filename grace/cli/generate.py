@@ -15,19 +15,21 @@ def generate(
     device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
 ) -> None:
     """Ask a model about images; prints tokens as they come, then tokens per second."""
-    from PIL import Image, UnidentifiedImageError
-
-    pictures = []
-    for path in image or ():
-        try:
-            with Image.open(path) as opened:
-                pictures.append(opened.convert("RGB"))
-        except UnidentifiedImageError:
-            raise ValueError(f"generate: image must be a picture, got {path}") from None
+    pictures = [_open(path) for path in image or ()]
     from grace.cli._models import load_model
 
     network, processor = load_model(model, dtype, device)
     _stream(network, _inputs(network, processor, prompt, pictures), processor, max_new_tokens)
+
+
+def _open(path: Path) -> Any:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as opened:
+            return opened.convert("RGB")
+    except UnidentifiedImageError:
+        raise ValueError(f"generate: image must be a picture, got {path}") from None
 
 
 def _inputs(model: Any, processor: Any, prompt: str, pictures: list[Any]) -> dict[str, Any]:

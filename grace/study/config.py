@@ -23,6 +23,7 @@ class StudyConfig:
         learning_rate: of every trained arm, tuned for each with the same budget (`learning_rates`
             overrides it for an arm, by its name).
         models: directory of the models, None for those that ship with grace.
+        split: what is scored: "heldout", or "validation" to tune on.
     """
 
     seed: int = 0
@@ -40,6 +41,7 @@ class StudyConfig:
     weight_decay: float = 0.01
     batch_size: int = 128
     models: str | None = None
+    split: str = "heldout"
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_images", "questions_per_image", "train_images", "batch_size"):

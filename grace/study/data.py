@@ -40,7 +40,8 @@ def draw(root: Path, config: StudyConfig) -> None:
         seed=config.seed,
         questions_per_image=config.questions_per_image,
     )
-    synthetic.draw(root / HELDOUT, images_per_subtask=config.heldout_images, seed=config.seed)
+    images, seed = config.heldout_images, config.seed
+    synthetic.draw(root / HELDOUT, images_per_subtask=images, seed=seed, split=config.split)
     (root / _DONE).touch()
 
 

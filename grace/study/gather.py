@@ -133,7 +133,9 @@ def _example(root: Path, arms: Sequence[Arm], seed: int) -> dict[str, Any] | Non
     said: dict[tuple[str, str, str], dict[str, str]] = {}
     for arm, predicted in answers.items():
         for row in predicted:
-            said.setdefault((row.subtask, row.image.name, row.question), {})[arm] = row.prediction
+            said.setdefault((row.subtask, row.image.name, row.question), {})[arm] = (
+                row.prediction or ""
+            )
     for key, by_arm in said.items():
         students = {text for arm, text in by_arm.items() if arm != "teacher"}
         truth = places[key].answer

@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from grace.study.arms import quickstart_arms
 from grace.study.config import SCALES, StudyConfig
 
@@ -50,5 +52,18 @@ def quickstart(out: Path, config: StudyConfig, *, from_scratch: bool = False) ->
 
 
 def make_models(folder: Path, seed: int) -> Path:
-    """Train the tiny teacher and student anew into `folder`, unless they are there."""
-    raise NotImplementedError
+    """Train the tiny teacher and student anew into `folder`, unless they are there; minutes on a
+    GPU, longer on two cores, where each takes one."""
+    from grace.evaluation import make_tiny
+    from grace.study.run import cores, worker_pool
+
+    left = [name for name in make_tiny.RECIPES if not (folder / name).is_dir()]
+    if torch.cuda.is_available():
+        for name in left:
+            make_tiny.make(name, folder, seed=seed, device="cuda")
+    elif left:
+        with worker_pool(min(len(left), cores())) as pool:
+            made = [pool.submit(make_tiny.make, name, folder, seed=seed) for name in left]
+            for future in made:
+                future.result()
+    return folder

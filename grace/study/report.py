@@ -12,6 +12,13 @@ from grace.study.arms import FULL
 from grace.study.charts import draw_charts, title
 from grace.study.gather import FORMAT, VERSION
 
+# Names that let the table fit a terminal of 80 columns.
+_SHORT = {
+    "existence": "exist",
+    "position": "pos",
+    "numerical_calculation": "num",
+    "perception + cognition": "P + C",
+}
 _TEMPLATE = Path(__file__).parent / "templates" / "report.html.j2"
 
 
@@ -129,14 +136,16 @@ def to_html(study: Mapping[str, Any], charts: list[Path]) -> str:
 
 def print_report(study: Mapping[str, Any]) -> None:
     """The table, what stands behind it and the example, in the terminal."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
     header, rows = table(study)
-    shown = Table(title="Synthetic MME, held out", title_justify="left")
+    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for number, name in enumerate(header):
-        shown.add_column(name, justify="left" if number == 0 else "right")
+        justify: Any = "left" if number == 0 else "right"
+        shown.add_column(_SHORT.get(name, name), justify=justify, no_wrap=True)
     for row in rows:
         shown.add_row(*row, style="bold" if row[0] == "GRACE" else None)
     console.print(shown)

@@ -149,12 +149,7 @@ def _in_sequence(tasks: Sequence[Task], progress: Progress) -> dict[Task, dict[s
 def _in_processes(tasks: Sequence[Task], progress: Progress) -> dict[Task, dict[str, Any]]:
     """All tasks in a pool; progress is read from the metrics that running arms write."""
     results: dict[Task, dict[str, Any]] = {}
-    context = multiprocessing.get_context("spawn")
-    count = min(len(tasks), cores())
-    # Half of a small model's step is page faults of tensors mapped anew: keep what was freed.
-    for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
-        os.environ.setdefault(name, "4000000000")
-    with ProcessPoolExecutor(count, context, worker.use_one_thread) as pool:
+    with worker_pool(min(len(tasks), cores())) as pool:
         futures: dict[Future, Task] = {pool.submit(worker.run_arm, task): task for task in tasks}
         for task in tasks:
             progress.start(task.folder.name, _length(task))
@@ -171,6 +166,15 @@ def _in_processes(tasks: Sequence[Task], progress: Progress) -> dict[Task, dict[
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return results
+
+
+def worker_pool(count: int) -> ProcessPoolExecutor:
+    """Processes of one thread each."""
+    # Half of a small model's step is page faults of tensors mapped anew: keep what was freed.
+    for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
+        os.environ.setdefault(name, "4000000000")
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(count, context, worker.use_one_thread)
 
 
 def cores() -> int:
@@ -204,6 +208,6 @@ def check_agreement(study: dict[str, Any]) -> None:
         rate = arm["agreement"]
         if rate is not None and rate < LEAST_AGREEMENT:
             raise RuntimeError(
-                f"study: the packed {arm['name']} must answer as the fake-quantized one on at least "
-                f"{LEAST_AGREEMENT:.1%} of the questions, got {rate:.2%}"
+                f"study: the packed {arm['name']} must answer as the fake-quantized one on at "
+                f"least {LEAST_AGREEMENT:.1%} of the questions, got {rate:.2%}"
             )

@@ -97,7 +97,7 @@ def load(task_or_config: StudyConfig, which: str, device: str = "cpu") -> nn.Mod
     from transformers import AutoModelForImageTextToText
 
     directory = model_dir(task_or_config, which)
-    model = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32)
+    model: Any = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32)
     return model.to(device).eval()
 
 
@@ -206,7 +206,7 @@ def _answers(task: Task, model: nn.Module, batches: Sequence[answer.Batch]) -> l
 
 
 def deploy(task: Task, model: nn.Module) -> nn.Module:
-    """Export the model as compressed-tensors and load it as a user would: packed, on our kernels."""
+    """Export the model as compressed-tensors and load it as users do: packed, on our kernels."""
     from transformers import AutoModelForImageTextToText
 
     from grace.export import export
@@ -214,7 +214,7 @@ def deploy(task: Task, model: nn.Module) -> nn.Module:
 
     directory = task.folder / "packed"
     export(model, directory, processor=processor_of(task.config), overwrite=directory.exists())
-    packed = AutoModelForImageTextToText.from_pretrained(directory, dtype=_serving_dtype(task))
+    packed: Any = AutoModelForImageTextToText.from_pretrained(directory, dtype=_serving_dtype(task))
     if not any(isinstance(module, PackedLinear) for module in packed.modules()):
         raise RuntimeError(f"study: {directory} must load as packed layers, got none")
     return packed.to(task.device).eval()
@@ -235,7 +235,7 @@ def right(rows: Sequence[mme.Row]) -> dict[str, str]:
 
 
 def deployed_bytes(model: nn.Module, bits: int | None) -> int:
-    """Bytes of the weights as served: quantized layers at `bits` with bf16 scales, the rest bf16."""
+    """Bytes of the weights as served: quantized layers at `bits`, scales and the rest in bf16."""
     from grace.nn import FakeQuantLinear
 
     total = 2 * sum(parameter.numel() for parameter in model.parameters())
