@@ -32,11 +32,8 @@ class PackedLinear(nn.Module):
             in_features.
     """
 
-    qweight: Tensor | None
-    scales: Tensor | None
-    weight_packed: Tensor | None
-    weight_scale: Tensor | None
-    weight_shape: Tensor | None
+    qweight: Tensor
+    scales: Tensor
     bias: nn.Parameter | None
 
     def __init__(
@@ -58,9 +55,6 @@ class PackedLinear(nn.Module):
         dtypes = (torch.int32, scale_dtype, torch.int64)
         for name, kind in zip(TENSORS, dtypes, strict=True):
             self.register_buffer(name, torch.empty(shapes[name], device=device, dtype=kind))
-        # Not in state dicts: there the weight has its format's names.
-        self.register_buffer("qweight", None, persistent=False)
-        self.register_buffer("scales", None, persistent=False)
         empty = torch.empty(out_features, device=device, dtype=dtype) if bias else None
         self.bias = None if empty is None else nn.Parameter(empty, requires_grad=False)
 
@@ -102,7 +96,7 @@ class PackedLinear(nn.Module):
     @property
     def is_packed(self) -> bool:
         """Whether the weight is there, in the packed layout."""
-        return self.qweight is not None
+        return "qweight" in self._buffers
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., in_features] → [..., out_features], in the dtype of ``x``."""
@@ -135,9 +129,13 @@ class PackedLinear(nn.Module):
             name: what messages call the layer.
 
         Raises:
-            ValueError: tensors that do not fit this layer, its bits or its group size.
+            ValueError: tensors that do not fit this layer, its bits or its group size, or are not
+                in memory.
         """
-        self._set_encoded({key: getattr(self, key) for key in TENSORS}, name)
+        tensors = {key: getattr(self, key) for key in TENSORS}
+        if any(tensor.is_meta for tensor in tensors.values()):
+            raise ValueError(f"PackedLinear: weights must be in memory, got {name} offloaded")
+        self._set_encoded(tensors, name)
         return self
 
     def extra_repr(self) -> str:
@@ -148,7 +146,7 @@ class PackedLinear(nn.Module):
         )
 
     def _packed(self) -> tuple[Tensor, Tensor]:
-        if self.qweight is None or self.scales is None:
+        if not self.is_packed:
             raise ValueError("PackedLinear: weights must be loaded before use, got none")
         return self.qweight, self.scales
 
@@ -185,12 +183,15 @@ class PackedLinear(nn.Module):
         self._take(torch.cat([part[0] for part in parts]), torch.cat([p[1] for p in parts], dim=1))
 
     def _take(self, qweight: Tensor, scales: Tensor) -> None:
-        self.qweight, self.scales = qweight, scales
-        self.weight_packed = self.weight_scale = self.weight_shape = None
+        for name in TENSORS:
+            self._buffers.pop(name, None)
+        # Not in state dicts: there the weight has its format's names.
+        self.register_buffer("qweight", qweight, persistent=False)
+        self.register_buffer("scales", scales, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
-        kept = keep_dtype(fn, self.scales, self.weight_scale)
-        return cast(PackedLinear, super()._apply(kept, recurse))
+        scales = self._buffers["scales" if self.is_packed else "weight_scale"]
+        return cast(PackedLinear, super()._apply(keep_dtype(fn, scales), recurse))
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
@@ -213,7 +214,7 @@ class PackedLinear(nn.Module):
         names = {prefix + name: name for name in TENSORS}
         given = {own: state_dict[key] for key, own in names.items() if key in state_dict}
         if len(given) == len(TENSORS):
-            held = self.qweight if self.is_packed else self.weight_packed
+            held = self._buffers["qweight" if self.is_packed else "weight_packed"]
             if held is not None and not held.is_meta:
                 given = {name: tensor.to(held.device) for name, tensor in given.items()}
             self._set_encoded(given, prefix.removesuffix("."))

@@ -92,7 +92,7 @@ def test_from_pretrained_gives_the_packed_model(name: str, bits: int, tmp_path: 
     assert layers.keys() == weights.keys()
     for layer_name, layer in layers.items():
         assert torch.equal(layer.dequantize(), weights[layer_name])
-        assert layer.weight_packed is None
+        assert not hasattr(layer, "weight_packed")
     assert torch.equal(logits(loaded), logits(model))
     loaded.save_pretrained(tmp_path / "b")
     assert_same_files(tmp_path / "a", tmp_path / "b")
@@ -145,6 +145,20 @@ def test_shards_tied_embeddings_and_device_maps(options: dict[str, Any], tmp_pat
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, **options)
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
     torch.testing.assert_close(logits(loaded.cpu()), logits(model))
+
+
+def test_offloaded_layers_stay_packed_in_memory(tmp_path: Path):
+    model = models.qwen2()
+    save_packed(model, tmp_path / "a")
+    places = {"model.layers.1": "disk", "lm_head": "disk"}
+    rest = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb")
+    options = {"device_map": places | dict.fromkeys(rest, "cpu"), "offload_folder": tmp_path / "b"}
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    loaded = load(tmp_path / "a", **options)
+    assert not any(layer.qweight.is_meta for layer in packed_layers(loaded).values())
+    assert torch.equal(logits(loaded), logits(model))
+    with pytest.raises(ValueError, match=r"weights must be in memory, got model.layers.1"):
+        load(tmp_path / "a", offload_buffers=True, **options)
 
 
 def test_generates_and_compiles(tmp_path: Path):
