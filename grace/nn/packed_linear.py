@@ -99,8 +99,16 @@ class PackedLinear(nn.Module):
         return "qweight" in self._buffers
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` [..., in_features] → [..., out_features], in the dtype of ``x``."""
+        """``x`` [..., in_features] → [..., out_features], in the dtype of ``x``.
+
+        Raises:
+            ValueError: other features, or no weights yet.
+        """
         qweight, scales = self._packed()
+        if x.shape[-1] != self.in_features:  # with one group a row the op knows K up to a tile
+            raise ValueError(
+                f"PackedLinear: x must have {self.in_features} features, got {x.shape[-1]}"
+            )
         return dequant_gemm(
             x,
             qweight,

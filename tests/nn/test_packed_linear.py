@@ -98,6 +98,12 @@ def test_an_empty_layer_does_not_run():
         PackedLinear(128, 40)(torch.randn(1, 128))
 
 
+@pytest.mark.parametrize("group_size", [32, -1])
+def test_other_features_are_refused(group_size: int):
+    with pytest.raises(ValueError, match="x must have 128 features, got 127"):
+        layer_of(group_size=group_size)(torch.randn(2, 127))
+
+
 def test_scales_keep_their_dtype_when_the_model_is_cast():
     layer = layer_of()
     before = layer.scales.clone()
