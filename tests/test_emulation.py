@@ -70,9 +70,7 @@ def test_barriers_and_exchanges(output):
 
 
 def test_exchange_with_a_lane_that_left_is_an_error(output):
-    assert (
-        output[1] == "emulated kernel: a warp exchange names a lane that does not take part in it"
-    )
+    assert output[1].endswith("a warp exchange names a lane that does not take part in it")
 
 
 def test_shared_memory_begins_as_not_a_number(output):
