@@ -35,21 +35,24 @@ class Path:
         return self.kernels.dequant_gemm(*self.kernels.put(*arguments)).cpu()
 
 
+CAPABILITIES = {"avx512": "AVX512", "avx2": "AVX", "portable": ""}  # and what PyTorch calls them
+
+
 @pytest.fixture(
-    params=["avx2", "portable", "emulated", pytest.param("cuda", marks=pytest.mark.gpu)]
+    params=[*CAPABILITIES, "emulated", pytest.param("cuda", marks=pytest.mark.gpu)],
 )
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The two CPU kernels, and the CUDA kernels emulated and, where there is a GPU, on it."""
+    """Every CPU kernel, and the CUDA kernels emulated and, where there is a GPU, on it."""
     if request.param == "emulated":
         return Path(request.getfixturevalue("emulated"), HALVES)
     if request.param == "cuda":
         if not torch.cuda.is_available():
             pytest.skip("no GPU")
         return Path(Kernels("grace", "cuda"), HALVES)
-    if request.param == "avx2" and "AVX" not in torch.backends.cpu.get_cpu_capability():
-        pytest.skip("this CPU has no AVX2")
-    capability = {"avx2": "avx2", "portable": "default"}[request.param]
-    monkeypatch.setenv("GRACE_CPU_CAPABILITY", capability)
+    if CAPABILITIES[request.param] not in torch.backends.cpu.get_cpu_capability():
+        pytest.skip(f"this CPU has no {request.param}")
+    allowed = "default" if request.param == "portable" else request.param
+    monkeypatch.setenv("GRACE_CPU_CAPABILITY", allowed)
     return Path(Kernels("grace", "cpu"), [torch.float32, *HALVES])
 
 
@@ -74,8 +77,13 @@ def make_case(
 
 
 def check(path: Path, arguments: tuple[Any, ...]) -> None:
-    exact = reference(*to_double(*arguments))
-    assert_accurate(path(*arguments), exact, reference(*arguments))
+    """The oracle's rule; 64 more rows of x tell what the reference's own error is at all."""
+    x, *rest = arguments
+    more = torch.cat([x, torch.randn(64, x.shape[-1]).to(x.dtype)])
+    exact, working = reference(*to_double(more, *rest)), reference(more, *rest)
+    actual = path(x, *rest)
+    assert actual.shape == (len(x), rest[-1])
+    assert_accurate(torch.cat([actual, working[len(x) :]]), exact, working)
 
 
 def through_op(arguments: tuple[Any, ...]) -> Tensor:
@@ -162,6 +170,16 @@ def test_a_row_does_not_depend_on_the_others(path: Path, m, group_size):
 
 
 @pytest.mark.parametrize("bits", BITS)
+def test_a_row_on_a_cpu_does_not_depend_on_their_number(path: Path, bits):
+    if path.kernels.cuda_kernels:
+        pytest.skip("holds within one CUDA kernel")
+    x, *rest = make_case(70, n=72, k=320, bits=bits)
+    expected = path(x, *rest)
+    for rows in (1, 2, 3, 4, 5, 8, 9, 13, 64, 65):
+        assert torch.equal(path(x[:rows], *rest), expected[:rows])
+
+
+@pytest.mark.parametrize("bits", BITS)
 def test_repeats_bitwise(path: Path, bits):
     arguments = make_case(m=33, n=200, k=320, bits=bits)
     assert torch.equal(path(*arguments), path(*arguments))
@@ -216,9 +234,7 @@ def test_compiles_once_for_all_batch_sizes():
 
 def test_capability_is_checked(monkeypatch):
     monkeypatch.setenv("GRACE_CPU_CAPABILITY", "avx3")
-    with pytest.raises(
-        RuntimeError, match="GRACE_CPU_CAPABILITY must be default or avx2, got avx3"
-    ):
+    with pytest.raises(RuntimeError, match=r"must be default, avx2 or avx512, got avx3"):
         through_op(make_case())
 
 

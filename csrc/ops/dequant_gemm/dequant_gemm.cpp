@@ -1,14 +1,19 @@
 // dequant_gemm on a CPU: checks, choice, and the kernel that runs everywhere.
-#include <algorithm>
 #include <cstdlib>
 #include <string_view>
 #include <vector>
 
 #include "ops/dequant_gemm/call.h"
-#include "ops/dequant_gemm/dequant_gemm.h"
+#include "ops/dequant_gemm/dequant_gemm_cpu.h"
 
 #if defined(__x86_64__)
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC 12 takes the deliberately undefined operands in its own AVX-512 header for mistakes.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include "ops/dequant_gemm/dequant_gemm_avx2.h"
+#include "ops/dequant_gemm/dequant_gemm_avx512.h"
 #endif
 
 namespace grace::dequant_gemm {
@@ -18,8 +23,7 @@ using torch::stable::parallel_for;
 
 // --- the portable kernel: any CPU, any group size -----------------------------------------------
 
-constexpr int64_t kRowsOfX = 64;  // rows of x for which a weight is dequantized once
-constexpr int kParts = 8;         // sums of a dot product that run side by side
+constexpr int kParts = 8;  // sums of a dot product that run side by side
 
 // The codes of one row of the weight as floats, zeros up to a whole tile.
 template <int kBits>
@@ -86,27 +90,28 @@ void run_portable(const Call<T>& call) {
 
 // --- choice -------------------------------------------------------------------------------------
 
-// GRACE_CPU_CAPABILITY=default keeps to the portable kernel, as ATEN_CPU_CAPABILITY does in
-// PyTorch.
-bool use_avx2(const Problem& p) {
+enum class Capability { kPortable, kAvx2, kAvx512 };
+
+// The most that GRACE_CPU_CAPABILITY allows, as ATEN_CPU_CAPABILITY does in PyTorch.
+Capability allowed() {
   const char* const asked = std::getenv("GRACE_CPU_CAPABILITY");
-  if (asked != nullptr && std::string_view(asked) == "default") return false;
-  STD_TORCH_CHECK(asked == nullptr || std::string_view(asked) == "avx2",
-                  "GRACE_CPU_CAPABILITY must be default or avx2, got ", asked);
-#if defined(__x86_64__)
-  static const bool supported = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                                __builtin_cpu_supports("f16c");
-  return supported && p.whole_blocks();
-#else
-  return false;
-#endif
+  if (asked == nullptr || std::string_view(asked) == "avx512") return Capability::kAvx512;
+  if (std::string_view(asked) == "avx2") return Capability::kAvx2;
+  STD_TORCH_CHECK(std::string_view(asked) == "default",
+                  "GRACE_CPU_CAPABILITY must be default, avx2 or avx512, got ", asked);
+  return Capability::kPortable;
 }
 
 struct Run {
   template <int kBits, typename T>
   void operator()(const Call<T>& call) const {
+    const Capability capability = allowed();
 #if defined(__x86_64__)
-    if (use_avx2(call.problem)) return avx2::run<kBits>(call);
+    static const bool has_avx512 = avx512::supported(), has_avx2 = avx2::supported();
+    if (call.problem.whole_blocks()) {
+      if (has_avx512 && capability >= Capability::kAvx512) return avx512::run<kBits>(call);
+      if (has_avx2 && capability >= Capability::kAvx2) return avx2::run<kBits>(call);
+    }
 #endif
     run_portable<kBits>(call);
   }
