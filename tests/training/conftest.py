@@ -7,14 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from tiny_training import STUDENT, TEACHER, make_dataset, make_model
 from torch import nn
 
 from grace.evaluation import synthetic, tiny
 from grace.training import Collator, ConversationDataset, GraceConfig, GraceTrainer
-
-STUDENT = tiny.Size(width=16, inner=32, layers=2, heads=2, vision_width=16, vision_layers=1)
-TEACHER = tiny.Size(width=32, inner=32, layers=3, heads=2, vision_width=16, vision_layers=1)
 
 
 @pytest.fixture(scope="session")
@@ -32,19 +29,12 @@ def rows_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def dataset(rows_root: Path, processor: Any) -> ConversationDataset:
-    from grace.training.data import read_rows
-
-    return ConversationDataset(read_rows(rows_root / "train.json"), processor, rows_root)
-
-
-def _model(size: tiny.Size, seed: int) -> nn.Module:
-    torch.manual_seed(seed)
-    return tiny.make_model(size, seed)
+    return make_dataset(rows_root, processor)
 
 
 @pytest.fixture
 def make_student() -> Callable[[], nn.Module]:
-    return lambda: _model(STUDENT, seed=0)
+    return lambda: make_model(STUDENT, seed=0)
 
 
 @pytest.fixture
@@ -68,7 +58,7 @@ def make_trainer(
         return GraceTrainer(
             student or make_student(),
             GraceConfig(**{**defaults, **options}),
-            _model(TEACHER, seed=1),
+            make_model(TEACHER, seed=1),
             train_dataset=dataset,
             data_collator=Collator(processor),
             processing_class=processor,
