@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 IGNORE = -100
+Question = tuple[Sequence[int], Sequence[int], Sequence[int]]  # prefix, tokens, labels of tokens
 
 
 def pack_questions(
@@ -25,6 +26,7 @@ def pack_questions(
     questions: Sequence[Sequence[tuple[str, str]]],
     *,
     length: int | None = None,
+    mask_dtype: torch.dtype = torch.bool,
 ) -> dict[str, Tensor]:
     """Make one training batch: row b holds image b and all of `questions[b]`.
 
@@ -33,14 +35,16 @@ def pack_questions(
         images: B images (PIL, or uint8 arrays [H, W, 3]), one a row.
         questions: B lists of (question, answer).
         length: pad rows to this many tokens (default: the longest row).
+        mask_dtype: torch.bool for "sdpa" attention; "eager" attention adds the mask to its scores
+            and needs the model's floating-point dtype.
 
     Returns:
         pixel_values  [B, 3, H, W] as the image processor makes them;
         input_ids     int64 [B, S], padded on the right;
         labels        int64 [B, S], answer tokens and their end, elsewhere -100 (not shifted);
         position_ids  int64 [B, S], restarting behind the prefix at each question;
-        attention_mask  bool [B, 1, S, S], True where row i may look at column j.
-        `model(**batch)` works with the "sdpa" and "eager" attention of transformers.
+        attention_mask  [B, 1, S, S], True (or 0, elsewhere the lowest number of a floating-point
+            `mask_dtype`) where token i may look at token j.
 
     Raises:
         ValueError: no images, lists of different lengths, an image without questions, or a row
@@ -58,64 +62,68 @@ def pack_questions(
         if not asked:
             raise ValueError(f"pack_questions: questions[{index}] must hold a question, got none")
         rows.append([tokenize(processor, q, a, prefix_images) for q, a in asked])
-    return {"pixel_values": pixels, **pack_tokens(rows, _pad_id(processor), length=length)}
+    packed = pack_tokens(rows, _pad_id(processor), length=length, mask_dtype=mask_dtype)
+    return {"pixel_values": pixels, **packed}
 
 
 def pack_tokens(
-    rows: Sequence[Sequence[tuple[Sequence[int], Sequence[int], Sequence[int]]]],
+    rows: Sequence[Sequence[Question]],
     pad_id: int,
     *,
     length: int | None = None,
+    mask_dtype: torch.dtype = torch.bool,
 ) -> dict[str, Tensor]:
     """As `pack_questions`, from token ids: each question is (prefix, tokens, labels of tokens).
 
     All questions of a row must have the same prefix; ValueError otherwise.
     """
-    totals = [len(row[0][0]) + sum(len(tokens) for _, tokens, _ in row) for row in rows]
-    size = length or max(totals)
-    if max(totals) > size:
-        raise ValueError(f"pack_tokens: length must be at least {max(totals)}, got {size}")
-    input_ids = torch.full((len(rows), size), pad_id)
-    labels = torch.full((len(rows), size), IGNORE)
-    positions = torch.zeros((len(rows), size), dtype=torch.long)
-    # Block 0 is the prefix; padding gets a block of its own, so that no row of the mask is empty.
-    blocks = torch.full((len(rows), size), -1)
-    for index, row in enumerate(rows):
-        prefix = list(row[0][0])
-        ids, targets, places = [*prefix], [IGNORE] * len(prefix), [*range(len(prefix))]
-        block = [0] * len(prefix)
-        for number, (start, tokens, wanted) in enumerate(row, 1):
-            if list(start) != prefix:
-                raise ValueError(
-                    f"pack_tokens: row {index} must have one prefix, got another in question "
-                    f"{number - 1}"
-                )
-            ids += tokens
-            targets += wanted
-            places += range(len(prefix), len(prefix) + len(tokens))
-            block += [number] * len(tokens)
-        for target, values in (
-            (input_ids, ids),
-            (labels, targets),
-            (positions, places),
-            (blocks, block),
-        ):
-            target[index, : len(values)] = torch.tensor(values)
+    laid_out = [_lay_out(row, index) for index, row in enumerate(rows)]
+    longest = max(layout.shape[1] for layout in laid_out)
+    size = length or longest
+    if longest > size:
+        raise ValueError(f"pack_tokens: length must be at least {longest}, got {size}")
+    # Padding is a block of its own (-1) that sees itself, so that no row of the mask is empty.
+    sheets = torch.tensor([pad_id, IGNORE, 0, -1])[:, None, None].repeat(1, len(rows), size)
+    for index, layout in enumerate(laid_out):
+        sheets[:, index, : layout.shape[1]] = layout
+    input_ids, labels, position_ids, blocks = sheets.unbind()
     return {
         "input_ids": input_ids,
         "labels": labels,
-        "position_ids": positions,
-        "attention_mask": block_mask(blocks),
+        "position_ids": position_ids,
+        "attention_mask": block_mask(blocks, mask_dtype),
     }
 
 
-def block_mask(blocks: Tensor) -> Tensor:
-    """bool [B, 1, S, S] from block numbers int64 [B, S]: causal, within a block or to block 0."""
+def _lay_out(row: Sequence[Question], index: int) -> Tensor:
+    """int64 [4, tokens]: ids, labels, positions and block numbers of one row."""
+    prefix = row[0][0]
+    start = len(prefix)
+    ids, labels, blocks = [*prefix], [IGNORE] * start, [0] * start
+    positions = [*range(start)]
+    for number, (before, tokens, wanted) in enumerate(row, 1):
+        if tuple(before) != tuple(prefix):
+            raise ValueError(
+                f"pack_tokens: row {index} must have one prefix, got another in question "
+                f"{number - 1}"
+            )
+        ids += tokens
+        labels += wanted
+        positions += range(start, start + len(tokens))
+        blocks += [number] * len(tokens)
+    return torch.tensor([ids, labels, positions, blocks])
+
+
+def block_mask(blocks: Tensor, dtype: torch.dtype = torch.bool) -> Tensor:
+    """[B, 1, S, S] from block numbers int64 [B, S]: causal, within a block or to block 0."""
     size = blocks.shape[1]
     causal = torch.ones(size, size, dtype=torch.bool, device=blocks.device).tril()
     same = blocks[:, :, None] == blocks[:, None, :]
     prefix = (blocks[:, None, :] == 0) & (blocks[:, :, None] >= 0)
-    return ((same | prefix) & causal)[:, None]
+    allowed = ((same | prefix) & causal)[:, None]
+    if dtype == torch.bool:
+        return allowed
+    return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
 
 
 def tokenize(
