@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -101,9 +102,10 @@ class GraceConfig(TrainingArguments):
     beta_max: float = field(default=5.0, metadata={"help": "Upper bound of beta."})
     ema_decay: float = field(default=0.99, metadata={"help": "Decay of the controller's average."})
 
-    # Defaults of TrainingArguments that do not fit: batches carry more than `forward` takes, and
-    # a loss that is not finite is told of by the trainer itself.
+    # Defaults of TrainingArguments that do not fit: batches carry more than `forward` takes, no
+    # forward makes logits to predict from, and a loss that is not finite the trainer tells itself.
     remove_unused_columns: bool = field(default=False)
+    prediction_loss_only: bool = field(default=True)
     logging_nan_inf_filter: bool = field(default=False)
     logging_steps: float = field(default=10)
 
@@ -129,6 +131,11 @@ class GraceConfig(TrainingArguments):
     def needs_teacher(self) -> bool:
         """Whether any term of the loss looks at the teacher."""
         return self.distillation != "none" or self.omega > 0
+
+    @property
+    def loss_dtype(self) -> torch.dtype | None:
+        """Dtype of the products with the heads: that of autocast; None: of the hidden states."""
+        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else None
 
     def omega_at(self, step: int) -> float:
         """RCKA's weight in optimizer step `step`, counted from zero."""

@@ -97,11 +97,13 @@ def token_terms(
 
     Args:
         config: says which distillation, and its temperature, weights and gate.
-        hidden: the student's last hidden states [n, ds] at supervised positions.
-        head: the student's head [Vs, ds], cast to hidden's dtype here.
+        hidden: the student's last hidden states [n, ds] at supervised positions; they and
+            everything below are cast to `config.loss_dtype` here.
+        head: the student's head [Vs, ds].
         targets: int64 [n], the tokens to predict.
-        teacher: its hidden states [n, dt] and head [Vt, dt], cast likewise; None: no distillation.
+        teacher: its hidden states [n, dt] and head [Vt, dt]; None: no distillation.
     """
+    hidden = hidden.to(config.loss_dtype or hidden.dtype)
     head = head.to(hidden.dtype)
     if teacher is None or config.distillation == "none":
         return {"ce": linear_cross_entropy(hidden, head, targets)}

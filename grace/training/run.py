@@ -95,6 +95,8 @@ def parse_config(options: dict[str, Any]) -> RunConfig:
     data = _data_config(options.pop("data"))
     preset = options.pop("preset", "paper")
     check_keys(options)
+    if not (options.get("fp16") or options.get("use_cpu")) and torch.cuda.is_available():
+        options.setdefault("bf16", torch.cuda.is_bf16_supported())
     training = GraceConfig.from_preset(preset, **_as_numbers(options))
     if training.needs_teacher and not teacher:
         raise ValueError("train: teacher must be given unless distillation is none and omega 0")

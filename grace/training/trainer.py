@@ -71,7 +71,9 @@ class GraceTrainer(AtomicTrainer):
             beta_max=args.beta_max,
             ema_decay=args.ema_decay,
         )
+        saved = vars(model.config).get("use_cache")
         super().__init__(model=model, args=args, **trainer)
+        _set_use_cache(model.config, saved)
         # The loss is already divided by the whole step's tokens: Trainer must not divide it again
         # by the number of micro-batches. The second name is that of later transformers.
         self.model_accepts_loss_kwargs = True
@@ -251,6 +253,13 @@ class GraceTrainer(AtomicTrainer):
         """Continue from what `training_state` gave."""
         self.controller.load_state_dict(state["controller"])
         self.dropped_terms = state["dropped_terms"]
+
+
+def _set_use_cache(config: Any, value: bool | None) -> None:
+    """Undo what Trainer does to a config: it switches the cache off for who loads the result."""
+    vars(config).pop("use_cache", None)
+    if value is not None:
+        config.use_cache = value
 
 
 def _prepare_student(model: nn.Module, args: GraceConfig) -> list[str]:

@@ -201,3 +201,31 @@ def test_code_flips(make_trainer: Callable) -> None:
     with torch.no_grad():
         layer.weight.neg_()
     assert 0 < trainer._flips.rate() < 1
+
+
+def test_evaluation_is_the_same_loss(make_trainer: Callable, dataset: Any) -> None:
+    trainer = make_trainer(adaptive_beta=False, per_device_eval_batch_size=len(dataset))
+    batch = trainer.data_collator([dataset[item] for item in range(len(dataset))])
+    with torch.no_grad():
+        loss = trainer.compute_loss(trainer.model, batch)
+    assert trainer.evaluate(dataset)["eval_loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert trainer.controller.state_dict()["ema"] is None
+
+
+def test_the_cache_stays_on_for_who_loads_the_student(
+    make_trainer: Callable, make_student: Callable
+) -> None:
+    assert "use_cache" not in vars(make_trainer().model.config)
+    student = make_student()
+    student.config.use_cache = True
+    assert make_trainer(student=student).model.config.use_cache is True
+
+
+def test_heads_are_multiplied_in_autocast_s_dtype(make_trainer: Callable, dataset: Any) -> None:
+    plain, half = make_trainer(), make_trainer(bf16=True)
+    batch = plain.data_collator([dataset[item] for item in range(4)])
+    losses = [trainer.compute_loss(trainer.model, dict(batch)).item() for trainer in (plain, half)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+    assert losses[0] != losses[1]
+    half.train()
+    assert {p.dtype for p in half.model.parameters()} == {torch.float32}
