@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Kernels
+from ops.examples import EXAMPLES
 from oracle import assert_accurate, to_double
 from torch import Tensor
 
 from grace import _library
-from ops.examples import EXAMPLES
 
 ROOT = Path(__file__).parents[2]
 OPS = sorted(_library.schemas())
