@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one go: build, tests, compute-sanitizer, quickstart, benchmarks.
+#
+#   tools/gpu_check.sh OUT        PYTHON=python3 names the interpreter; its torch is built against
+#
+# Results and logs go to OUT. Every part runs even if one before it failed; the exit code says
+# whether all passed.
+set -uo pipefail
+out=$(realpath -m "${1:?usage: tools/gpu_check.sh OUT}")
+cd "$(dirname "$0")/.." || exit 1
+python=${PYTHON:-python3}
+mkdir -p "$out"
+export PYTHONUNBUFFERED=1 GRACE_EMULATION=ON
+failed=0
+
+part() { # NAME LIMIT_S COMMAND...: logs to OUT/NAME.log, prints the end of it and how long it took
+  local name=$1 limit=$2 started=$SECONDS status
+  shift 2
+  timeout "$limit" "$@" >"$out/$name.log" 2>&1
+  status=$?
+  [ $status -eq 0 ] || failed=1
+  printf '\n=== %s: exit code %s, %s s\n' "$name" $status $((SECONDS - started))
+  tail -n 15 "$out/$name.log"
+}
+
+sanitizer() { # TOOL: the kernels' own tests under compute-sanitizer
+  compute-sanitizer --tool "$1" --error-exitcode 9 --target-processes all \
+    "$python" -m pytest -q -x -p no:cacheprovider tests/ops -k "cuda and (every_op or inside)"
+}
+
+nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
+part build 300 "$python" -m pip install -q --no-build-isolation --no-deps -e .
+part info 60 "$python" -m grace.cli info
+part tests 420 "$python" -m pytest -q -n 8 --dist loadscope tests
+command -v compute-sanitizer >/dev/null &&
+  for tool in memcheck racecheck; do part "$tool" 240 sanitizer "$tool"; done
+part quickstart 480 "$python" -m grace.cli quickstart --out "$out/run"
+part benchmarks 480 "$python" -m benchmarks
+cp -r benchmarks/results "$out/results"
+exit $failed
