@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import Tensor
 
 import grace.ops  # noqa: F401 (defines the ops)
 from grace import _library
+
+# The same examples on every run in CI; new ones on a developer's machine.
+settings.register_profile("grace", deadline=None, derandomize=os.environ.get("CI") == "true")
+settings.load_profile("grace")
 
 DATA = Path(__file__).parent / "data"
 _EMULATED = Path(_library.__file__).with_name("_emulated.so")
