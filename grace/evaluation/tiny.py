@@ -25,11 +25,12 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from .drawing import CELL_PIXELS, COLORS, IMAGE_PIXELS, SHAPES, THINGS
+from .drawing import CELL_PIXELS, CELLS, COLORS, IMAGE_PIXELS, SHAPES, THINGS
 from .topics import NUMBERS, SUFFIX, SUMS, plural
 
 ROOT = Path(__file__).parent / "tiny_models"
 IMAGE_TOKEN = "<image>"
+IMAGE_TOKENS = CELLS  # one visual token a cell
 _SPECIAL = ["<pad>", "<unk>", "<s>", "</s>", IMAGE_TOKEN, "USER:", "ASSISTANT:"]
 _PHRASES = (
     "Is there a or one in this image ? Are are How many What color is the text answer to sum "
@@ -160,7 +161,7 @@ def make_model(size: Size, seed: int) -> LlavaForConditionalGeneration:
 
 
 @torch.no_grad()
-def initialize(model: nn.Module, seed: int) -> None:
+def initialize(model: LlavaForConditionalGeneration, seed: int) -> None:
     """Normal weights of standard deviation fan_in^-1/2; layers that write to a residual stream
     of L layers have (2 L fan_in)^-1/2, and embeddings 1/2.
 
@@ -168,7 +169,7 @@ def initialize(model: nn.Module, seed: int) -> None:
     models stay at chance for minutes.
     """
     random = torch.Generator().manual_seed(seed)
-    layers = model.config.text_config.num_hidden_layers
+    layers = len(model.model.language_model.layers)
     for name, module in sorted(model.named_modules()):
         if isinstance(module, nn.Linear | nn.Conv2d):
             gain = 2 * layers if re.search(r"o_proj|down_proj|out_proj|fc2", name) else 1
