@@ -62,7 +62,7 @@ def emulated() -> Kernels:
 
 @pytest.fixture(params=["cpu", "emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
 def kernels(request: pytest.FixtureRequest) -> Kernels:
-    """What runs on a CPU, the CUDA kernels emulated there, and the same on a GPU if there is one."""
+    """What runs on a CPU; the CUDA kernels emulated there; the same on a GPU if there is one."""
     if request.param == "cpu":
         return Kernels("grace", "cpu")
     if request.param == "emulated":
