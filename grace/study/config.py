@@ -7,6 +7,8 @@ import json
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from grace.version import __version__
+
 
 @dataclass(frozen=True)
 class StudyConfig:
@@ -64,9 +66,23 @@ class StudyConfig:
 
     def fingerprint(self) -> str:
         """Changes with whatever changes a result: results of another one are not taken over."""
-        facts = {name: value for name, value in self.as_dict().items() if name != "seeds"}
-        text = json.dumps(facts, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return _hash({name: value for name, value in self.as_dict().items() if name != "seeds"})
+
+    def data_fingerprint(self) -> str:
+        """Changes with whatever changes what is drawn, or what the teacher says of it."""
+        return _hash({name: value for name, value in self.as_dict().items() if name in _DATA})
+
+
+# Fields that the drawn data and the teacher's cached rows depend on.
+_DATA = (
+    *("seed", "questions_per_image", "train_images", "heldout_images"),
+    *("models", "split"),
+)
+
+
+def _hash(facts: dict[str, Any]) -> str:
+    text = json.dumps({"grace": __version__, **facts}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def from_dict(options: dict[str, Any]) -> StudyConfig:

@@ -89,7 +89,7 @@ class Progress:
 def _prepare(config: StudyConfig, root: Path, device: str, progress: Progress) -> None:
     """Draw, and cache the teacher's rows, unless that was done for the same configuration."""
     data, mark = root / "data", root / "data" / "fingerprint"
-    if mark.is_file() and mark.read_text() == config.fingerprint():
+    if mark.is_file() and mark.read_text() == config.data_fingerprint():
         return
     shutil.rmtree(data, ignore_errors=True)
     progress.start("draw", 1)
@@ -109,7 +109,7 @@ def _prepare(config: StudyConfig, root: Path, device: str, progress: Progress) -
     teacher = worker.load(config, "teacher", device)
     cache_teacher(teacher, dataset, data / TEACHER, grace, advance=advance)
     progress.finish("teacher")
-    mark.write_text(config.fingerprint())
+    mark.write_text(config.data_fingerprint())
 
 
 def _run_tasks(tasks: Sequence[Task], progress: Progress) -> list[dict[str, Any]]:

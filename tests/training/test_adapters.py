@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,9 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
+from grace.training import GraceConfig, GraceTrainer
 from grace.training.adapters import adapter_for
+from grace.training.callbacks import read_metrics
 
 TEXT = {
     "hidden_size": 32,
@@ -32,10 +35,10 @@ IMAGE, VIDEO, START = 50, 51, 52
 TOKENS = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START}
 
 
-def _qwen(kind: str) -> nn.Module:
+def _qwen(kind: str, **options: int) -> nn.Module:
     torch.manual_seed(0)
     vision = {"depth": 2, "num_heads": 2, "spatial_merge_size": 2, "patch_size": 4}
-    text = {**TEXT, "rope_parameters": ROPE}
+    text = {**TEXT, "rope_parameters": ROPE, **options}
     if kind == "qwen2_vl":
         vision |= {"embed_dim": 16, "hidden_size": 32, "mlp_ratio": 2}
         config = Qwen2VLConfig(vision_config=vision, text_config=text, **TOKENS)
@@ -111,3 +114,36 @@ def test_text_alone_has_no_visual_tokens(make_student: Any) -> None:
     ids = torch.full((1, 4), 7)
     assert adapter_for(make_student()).visual_tokens({"input_ids": ids}) is None
     assert adapter_for(_qwen("qwen2_vl")).visual_tokens({"input_ids": ids}) is None
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_a_step_under_a_teacher_with_a_padded_vocabulary(kind: str, tmp_path: Path) -> None:
+    student, teacher = _qwen(kind), _qwen(kind, vocab_size=64, num_hidden_layers=5)
+    labels = torch.full((2, 14), -100)
+    labels[:, 11:] = torch.tensor([[8, 9, 59], [3, 2, -100]])
+    config = GraceConfig(
+        output_dir=str(tmp_path),
+        max_steps=2,
+        per_device_train_batch_size=2,
+        group_size=16,
+        learning_rate=1e-2,
+        logging_steps=1,
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    trainer = GraceTrainer(
+        student,
+        config,
+        teacher,
+        train_dataset=[{"row": 0}, {"row": 1}],
+        data_collator=lambda _: {**_batch(kind), "labels": labels},
+    )
+    assert all(".visual." not in name for name in trainer.quantized)
+    assert len(trainer.quantized) == 4 * 7
+    trainer.train()
+    first, second = read_metrics(tmp_path / "metrics.jsonl")
+    assert second["loss"] < first["loss"]
+    assert first["rcka"] > 0
+    assert first["gdkd"] > 0
+    assert second["dropped_terms"] == 0
