@@ -19,13 +19,19 @@ NAMESPACE = "grace"
 _LIBRARY = Path(__file__).with_name("_C.so")
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _schemas: dict[str, str] = {}
+_composed: set[str] = set()
 _loaded = False
 
 
-def define(name: str, schema: str) -> None:
-    """Defines the op ``grace::<name>``; a schema reads ``"(Tensor x, int bits) -> Tensor"``."""
+def define(name: str, schema: str, *, composed: bool = False) -> None:
+    """Defines the op ``grace::<name>``; a schema reads ``"(Tensor x, int bits) -> Tensor"``.
+
+    A ``composed`` op has no kernel of its own: on every device it calls other ops.
+    """
     torch.library.define(f"{NAMESPACE}::{name}", schema)
     _schemas[name] = schema
+    if composed:
+        _composed.add(name)
 
 
 def reference(name: str) -> Callable[[_Function], _Function]:
@@ -51,6 +57,11 @@ def fake(name: str) -> Callable[[_Function], _Function]:
 def schemas() -> dict[str, str]:
     """Name to schema of every op that ``grace`` defines."""
     return dict(_schemas)
+
+
+def is_composed(name: str) -> bool:
+    """Whether ``grace::<name>`` is made of other ops on every device."""
+    return name in _composed
 
 
 def load() -> bool:
@@ -80,7 +91,9 @@ def build_info() -> dict[str, str]:
 
 
 def kernel_for(name: str, device: str) -> str:
-    """What ``grace::<name>`` runs on ``device`` (cpu, cuda): ``"compiled"`` or ``"reference"``."""
+    """What ``grace::<name>`` runs on ``device``, cpu or cuda: compiled, reference or composed."""
+    if is_composed(name):
+        return "composed"
     key = {"cpu": "CPU", "cuda": "CUDA"}[device]
     compiled = torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key)
     return "compiled" if compiled else "reference"

@@ -45,11 +45,13 @@ _SETTINGS = "float temperature, float alpha, float beta, int ignore_index, int c
 _library.define(
     "linear_gated_dkd",
     f"({_INPUTS}, {_SETTINGS}) -> (Tensor loss, Tensor gate, Tensor ce, Tensor saved)",
+    composed=True,
 )
 _library.define(
     "linear_gated_dkd_backward",
     f"(Tensor grad_loss, Tensor grad_ce, {_INPUTS}, Tensor saved, {_SETTINGS}, "
     "bool hidden_needs_grad, bool head_needs_grad) -> (Tensor, Tensor)",
+    composed=True,
 )
 
 

@@ -17,8 +17,7 @@ from grace import _library
 ROOT = Path(__file__).parents[2]
 OPS = sorted(_library.schemas())
 PUBLIC_OPS = [name for name in OPS if not name.endswith("_backward")]
-# Composed of other ops on every device: matrix products around gated_dkd's kernels.
-COMPOSED = {"linear_gated_dkd", "linear_gated_dkd_backward"}
+COMPOSED = {name for name in OPS if _library.is_composed(name)}
 # On a GPU these take no float32: see the op's documentation.
 HALF_ONLY = {"dequant_gemm"}
 
