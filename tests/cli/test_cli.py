@@ -124,7 +124,7 @@ def test_info_names_a_kernel_for_every_op_and_device(capsys: pytest.CaptureFixtu
     )
     for kernels in facts["ops"].values():
         assert set(kernels) == {"cpu", "cuda"}
-        assert set(kernels.values()) <= {"compiled", "reference"}
+        assert set(kernels.values()) <= {"compiled", "reference", "composed"}
     assert facts["versions"]["torch"]
     assert run("info") == 0
     assert "linear_gated_dkd" in capsys.readouterr().out
