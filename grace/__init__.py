@@ -1,7 +1,7 @@
 """Train vision-language models at 4 bits under a large teacher; run them on low-bit kernels.
 
 The names below load on first use, so that ``import grace`` costs next to nothing. It does one
-thing at once: from then on transformers' ``from_pretrained`` gives packed models on grace's kernels.
+thing at once: from then on transformers gives packed models on our kernels (`from_pretrained`).
 """
 
 from __future__ import annotations
