@@ -32,10 +32,10 @@ HELDOUT_SEED = 20261123
 
 RECIPES = {
     "teacher": Recipe(
-        tiny.TEACHER, threshold=0.95, drill=600, early=1000, steps=2000, cooldown=400
+        tiny.TEACHER, threshold=0.95, drill=800, early=1600, steps=2400, cooldown=500
     ),
     "student": Recipe(
-        tiny.STUDENT, threshold=0.88, drill=800, early=1600, steps=2400, cooldown=500
+        tiny.STUDENT, threshold=0.65, drill=800, early=1600, steps=2400, cooldown=300
     ),
 }
 

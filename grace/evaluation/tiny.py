@@ -57,10 +57,11 @@ class Size:
     heads: int
     vision_width: int
     vision_layers: int = 2
+    kv_heads: int | None = None  # None: as many as heads
 
 
-TEACHER = Size(width=128, inner=256, layers=4, heads=4, vision_width=96)
-STUDENT = Size(width=64, inner=128, layers=3, heads=4, vision_width=64)
+TEACHER = Size(width=80, inner=160, layers=4, heads=4, vision_width=64)
+STUDENT = Size(width=64, inner=64, layers=3, heads=4, vision_width=32, kv_heads=2)
 
 
 def teacher_dir() -> Path:
@@ -141,6 +142,7 @@ def make_model(size: Size, seed: int) -> LlavaForConditionalGeneration:
         intermediate_size=size.inner,
         num_hidden_layers=size.layers,
         num_attention_heads=size.heads,
+        num_key_value_heads=size.kv_heads or size.heads,
         max_position_embeddings=512,
         pad_token_id=ids["<pad>"],
         bos_token_id=ids["<s>"],
