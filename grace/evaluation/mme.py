@@ -173,18 +173,15 @@ def score(rows: Iterable[Row], *, prompt: str = "official") -> dict[str, Any]:
     Raises:
         ValueError: no rows, a row without a prediction, or an image without exactly two questions.
     """
-    images: dict[str, dict[Path, list[str]]] = {}
-    right: dict[str, dict[Path, list[bool]]] = {}
+    said: dict[str, dict[Path, list[tuple[str, str]]]] = {}  # (answer, parsed prediction)
     for number, row in enumerate(rows):
         if row.prediction is None:
             raise ValueError(f"mme.score: row {number} must have a prediction, got None")
-        parsed = parse_answer(row.prediction)
-        images.setdefault(row.subtask, {}).setdefault(row.image, []).append(parsed)
-        hit = parsed == row.answer.lower()
-        right.setdefault(row.subtask, {}).setdefault(row.image, []).append(hit)
-    if not right:
+        pair = (row.answer.lower(), parse_answer(row.prediction))
+        said.setdefault(row.subtask, {}).setdefault(row.image, []).append(pair)
+    if not said:
         raise ValueError("mme.score: rows must not be empty, got none")
-    subtasks = {s: _subtask_score(s, right[s], images[s]) for s in SUBTASKS if s in right}
+    subtasks = {s: _subtask_score(s, said[s]) for s in SUBTASKS if s in said}
     sums = {
         name: sum(subtasks[s]["score"] for s in group if s in subtasks)
         for name, group in (("perception", PERCEPTION), ("cognition", COGNITION))
@@ -198,23 +195,22 @@ def score(rows: Iterable[Row], *, prompt: str = "official") -> dict[str, Any]:
     }
 
 
-def _subtask_score(
-    subtask: str, right: dict[Path, list[bool]], parsed: dict[Path, list[str]]
-) -> dict[str, Any]:
-    for image, hits in right.items():
-        if len(hits) != 2:
+def _subtask_score(subtask: str, said: dict[Path, list[tuple[str, str]]]) -> dict[str, Any]:
+    for image, pairs in said.items():
+        if len(pairs) != 2:
             raise ValueError(
-                f"mme.score: {subtask} {image} must have two questions, got {len(hits)}"
+                f"mme.score: {subtask} {image} must have two questions, got {len(pairs)}"
             )
-    acc = sum(sum(hits) for hits in right.values()) / (2 * len(right))
-    acc_plus = sum(all(hits) for hits in right.values()) / len(right)
+    right = [[answer == parsed for answer, parsed in pairs] for pairs in said.values()]
+    acc = sum(map(sum, right)) / (2 * len(right))
+    acc_plus = sum(map(all, right)) / len(right)
     return {
         "acc": acc,
         "acc_plus": acc_plus,
         "score": 100 * acc + 100 * acc_plus,
         "images": len(right),
         "questions": 2 * len(right),
-        "other": sum(answers.count("other") for answers in parsed.values()),
+        "other": sum(parsed == "other" for pairs in said.values() for _, parsed in pairs),
     }
 
 
