@@ -3,10 +3,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny_checkpoints import save_models
+
+from grace.evaluation import tiny
 
 
 @pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `student` and `teacher`, which know nothing."""
-    return save_models(tmp_path_factory.mktemp("models"))
+def models() -> Path:
+    """The folder with the shipped `student` and `teacher`."""
+    assert tiny.student_dir().parent == tiny.teacher_dir().parent
+    return tiny.student_dir().parent

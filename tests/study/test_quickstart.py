@@ -48,6 +48,12 @@ def test_every_arm_is_there_and_scored(study: dict[str, Any]) -> None:
         assert arm["perception"] + arm["cognition"] == pytest.approx(arm["total"])
 
 
+def test_the_shipped_models_know_the_benchmark(study: dict[str, Any]) -> None:
+    totals = {arm["name"]: arm["total"] for arm in study["arms"]}
+    assert totals["teacher"] > totals["student"] > 800
+    assert totals["rtn-2"] < totals["rtn-4"]
+
+
 def test_four_bit_arms_are_scored_packed_and_answer_alike(study: dict[str, Any], run: Path) -> None:
     for arm in study["arms"]:
         assert arm["deployed"] == (arm["bits"] == 4)
@@ -119,7 +125,7 @@ def test_a_packed_model_that_answers_otherwise_fails_the_run(study: dict[str, An
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--group-size", "48"), "group_size must divide in_features 32"),
+        (("--group-size", "48"), "group_size must divide in_features"),
         (("--heldout-images", "3"), "heldout_images must be even and at least 2, got 3"),
         (("--models", "/nowhere"), "/nowhere/student must be a directory, got nothing"),
         (("--steps", "many"), "--steps"),

@@ -86,8 +86,8 @@ def test_rows_of_another_teacher_are_refused(drawn: tuple, tmp_path: Path) -> No
     config, root = drawn
     options = GraceConfig(output_dir=str(tmp_path), use_cpu=True)
     data = PackedQuestions(root / "train", processor_of(config))
-    batch = {**data.collate([data[0]]), "teacher_last": torch.zeros(1, 32)}
-    batch["teacher_layer"] = torch.zeros(16, 32)
+    batch = {**data.collate([data[0]]), "teacher_last": torch.zeros(1, 80)}
+    batch["teacher_layer"] = torch.zeros(16, 80)
     student = adapter_for(load(config, "student"))
     with pytest.raises(ValueError, match="teacher_last must have a row for each of"):
         plan([batch], student, Teacher(load(config, "teacher"), options), options, lambda x: x)
