@@ -60,8 +60,8 @@ class Size:
     kv_heads: int | None = None  # None: as many as heads
 
 
-TEACHER = Size(width=80, inner=160, layers=4, heads=4, vision_width=64)
-STUDENT = Size(width=64, inner=64, layers=3, heads=4, vision_width=32, kv_heads=2)
+TEACHER = Size(width=96, inner=192, layers=4, heads=4, vision_width=64)
+STUDENT = Size(width=64, inner=128, layers=3, heads=4, vision_width=32, kv_heads=2)
 
 
 def teacher_dir() -> Path:
@@ -157,7 +157,9 @@ def make_model(size: Size, seed: int) -> LlavaForConditionalGeneration:
         vision_feature_select_strategy="default",
         tie_word_embeddings=False,
     )
-    model = LlavaForConditionalGeneration(config)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # for what `initialize` leaves alone: CLIP's class embedding
+        model = LlavaForConditionalGeneration(config)
     initialize(model, seed)
     return model
 

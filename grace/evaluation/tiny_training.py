@@ -34,7 +34,8 @@ class Recipe:
     """How one model is trained.
 
     `threshold` is the validation accuracy that each subtask must pass before the cooldown begins;
-    `steps` bounds the question stage before it, of which the first `early` want answers early.
+    `steps` bounds the question stage before it, of which the first `early` want answers early;
+    both are looked at every `REPORT_EVERY` steps.
     """
 
     size: Size
@@ -70,6 +71,8 @@ def align(model: LlavaForConditionalGeneration, recipe: Recipe, rng: Random) -> 
     embeddings: Any = model.get_input_embeddings()
     width = embeddings.weight.shape[1]
     probe = nn.Linear(width, 2 * drawing.GRID).to(model.device)
+    nn.init.zeros_(probe.weight)  # and so the same for every run of a seed
+    nn.init.zeros_(probe.bias)
     modules = (model.model.vision_tower, model.model.multi_modal_projector, embeddings, probe)
     optimizer = _adamw([p for module in modules for p in module.parameters()], recipe)
     places = torch.arange(drawing.CELLS, device=model.device)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import asdict
 from random import Random
 
 import pytest
@@ -53,6 +54,7 @@ def test_record_tells_how_it_was_made(name, record):
     assert {"seed", "steps", "device", "threads", "versions", "seconds"} <= set(made)
     assert set(made["heldout"]["subtasks"]) == set(topics.SUBTASKS)
     assert made["heldout"]["questions"] >= 2400
+    assert made["recipe"] == asdict(make_tiny.RECIPES[name])
 
 
 def test_teacher_is_strong_everywhere_and_clearly_better(record):
