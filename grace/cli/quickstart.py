@@ -18,7 +18,9 @@ def quickstart(
     models: Annotated[
         Path | None, typer.Option(help="Folder with teacher/ and student/; default: those shipped.")
     ] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Of every trained arm.")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Of trained arms without one of their own.")
+    ] = None,
     from_scratch: Annotated[
         bool, typer.Option("--from-scratch", help="Train teacher and student anew as well.")
     ] = False,

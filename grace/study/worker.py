@@ -151,7 +151,7 @@ def training_config(task: Task, **options: Any) -> GraceConfig:
         "max_steps": config.steps,
         "per_device_train_batch_size": config.batch_images,
         "group_size": config.group_size,
-        "learning_rate": config.learning_rate_of(task.arm.name),
+        "learning_rate": config.learning_rate,
         "lr_scheduler_type": "cosine",
         "warmup_steps": config.warmup_steps,
         "weight_decay": config.weight_decay,
@@ -164,7 +164,8 @@ def training_config(task: Task, **options: Any) -> GraceConfig:
         "use_cpu": task.device == "cpu",
         "disable_tqdm": True,
     }
-    return GraceConfig(**{**common, **task.arm.training_options(), **options})
+    tuned = config.options_of(task.arm.method, task.arm.name)
+    return GraceConfig(**{**common, **tuned, **task.arm.training_options(), **options})
 
 
 def _train(task: Task, model: nn.Module) -> nn.Module:

@@ -37,7 +37,12 @@ def test_the_fingerprint_is_of_what_changes_results() -> None:
     config = SCALES["default"]
     assert replace(config, seeds=(0, 1)).fingerprint() == config.fingerprint()
     assert replace(config, steps=7).fingerprint() != config.fingerprint()
-    assert from_dict(config.as_dict()) == config
+    tuned = replace(config, tuned={"grace": {"tau": 3.0}, "grace-2": {"tau": 4.0}})
+    assert from_dict(tuned.as_dict()) == tuned
+    assert hash(from_dict(tuned.as_dict())) == hash(tuned)
+    assert tuned.options_of("grace", "grace-2") == {"tau": 4.0}
+    assert tuned.options_of("grace", "grace-4") == {"tau": 3.0}
+    assert tuned.options_of("qat", "qat-4") == {}
 
 
 def test_standard_errors_are_those_of_means_over_pairs_of_images() -> None:
