@@ -197,13 +197,14 @@ def _eager_timer(side: Side, sets: int) -> Callable[[], float]:
 
 
 def measure_ceiling(device: torch.device) -> Ceiling:
-    """Reads a buffer far larger than any cache and multiplies large bf16 (CPU: fp32) matrices."""
+    """Reads a buffer far larger than any cache; multiplies large matrices, bf16 or fp32."""
     elements, n = (2**30, 8192) if device.type == "cuda" else (2**26, 1024)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     buffer = torch.ones(elements, device=device)
-    a = torch.randn(n, n, device=device, dtype=dtype)
     read = min(_samples(lambda _: buffer.sum(), device))
-    product = min(_samples(lambda _: a @ a, device))
+    product = float("inf")
+    for dtype in (torch.bfloat16, torch.float32):  # not every CPU is faster in bf16
+        a = torch.randn(n, n, device=device, dtype=dtype)
+        product = min(product, *_samples(lambda _, a=a: a @ a, device))
     return Ceiling(buffer.numel() * buffer.element_size() / read, 2 * n**3 / product)
 
 
