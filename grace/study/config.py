@@ -103,7 +103,11 @@ def from_dict(options: dict[str, Any]) -> StudyConfig:
 
 # Tuned on the validation split, studies/quickstart/sweep.md.
 _DEFAULT = StudyConfig(
-    tuned={"grace": {"omega": 0.3, **SMALL_BETA}, "grace-2": {"learning_rate": 2e-3}}
+    tuned={
+        "qat-2": {"learning_rate": 2e-3},
+        "grace": {"omega": 0.3, **SMALL_BETA},
+        "grace-2": {"learning_rate": 2e-3},
+    }
 )
 SCALES: dict[str, StudyConfig] = {
     "default": _DEFAULT,
