@@ -29,8 +29,9 @@ def gather(
     """The study as JSON.
 
     Keys: `config`, `environment`, `benchmark` (images, questions, subtasks), `seconds`, `arms`
-    (in order, see `_arm`), `differences` (paired, of every arm to the control and to RTN at its
-    bits), `example` (an image with every arm's answer), `curves` (rows of metrics.jsonl by arm).
+    (in order, see `_arm`), `differences` (paired, of every arm to the control and to the methods
+    before it at its bits), `example` (an image with every arm's answer), `curves` (rows of
+    metrics.jsonl by arm).
     """
     by_arm = {arm: [r for r in results if r["arm"] == arm.name] for arm in arms}
     first = results[0]["score"]
@@ -112,15 +113,15 @@ def _arm(arm: Arm, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _differences(by_arm: Mapping[Arm, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """Total score of every quantized arm minus that of the control and of RTN at the same bits."""
+    """Total score of every quantized arm minus the control's and those before it at its bits."""
     rights = {arm.name: [r["right"] for r in results] for arm, results in by_arm.items()}
     found = []
-    for arm in by_arm:
-        for other in ("control", f"rtn-{arm.bits}"):
-            if arm.quantized and other in rights and other != arm.name:
-                points, error = paired_difference(rights[arm.name], rights[other])
-                row = {"arm": arm.name, "to": other, "points": points, "error": error}
-                found.append(row)
+    for arm in (a for a in by_arm if a.quantized):
+        same_bits = [other.name for other in by_arm if other.bits == arm.bits]
+        before = same_bits[: same_bits.index(arm.name)]
+        for other in ["control", *before] if "control" in rights else before:
+            points, error = paired_difference(rights[arm.name], rights[other])
+            found.append({"arm": arm.name, "to": other, "points": points, "error": error})
     return found
 
 

@@ -18,6 +18,7 @@ _SHORT = {
     "position": "pos",
     "numerical_calculation": "num",
     "perception + cognition": "P + C",
+    "between seeds": "seeds",
 }
 _TEMPLATE = Path(__file__).parent / "templates" / "report.html.j2"
 
@@ -54,17 +55,16 @@ def write_report(folder: Path) -> list[Path]:
 
 
 def table(study: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the one table: method, bits, subtasks, sum with its error, size."""
+    """Header and rows of the one table: method, bits, subtasks, sum with its errors, size."""
     names = study["benchmark"]["subtasks"]
-    header = ["method", "bits", *names, "perception + cognition", "MB"]
+    header = ["method", "bits", *names, "perception + cognition", "between seeds", "MB"]
     rows = []
     for arm in study["arms"]:
         bits = "fp32" if arm["bits"] == FULL else str(arm["bits"])
         total = f"{arm['total']:.0f} ± {arm['total_error']:.0f}"
-        if arm["spread"] is not None:
-            total += f" (seeds ± {arm['spread']:.0f})"
+        spread = "" if arm["spread"] is None else f"± {arm['spread']:.0f}"
         cells = [f"{arm['subtasks'][name]:.0f}" for name in names]
-        rows.append([arm["label"], bits, *cells, total, f"{arm['megabytes']:.2f}"])
+        rows.append([arm["label"], bits, *cells, total, spread, f"{arm['megabytes']:.2f}"])
     return header, rows
 
 
@@ -136,19 +136,18 @@ def to_html(study: Mapping[str, Any], charts: list[Path]) -> str:
 
 def print_report(study: Mapping[str, Any]) -> None:
     """The table, what stands behind it and the example, in the terminal."""
-    from rich import box
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
     header, rows = table(study)
-    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    shown = Table(box=None, padding=(0, 1, 0, 0), header_style="bold underline")
     for number, name in enumerate(header):
         justify: Any = "left" if number == 0 else "right"
         shown.add_column(_SHORT.get(name, name), justify=justify, no_wrap=True)
     for row in rows:
         shown.add_row(*row, style="bold" if row[0] == "GRACE" else None)
-    console.print(shown)
+    console.print(shown, "")
     for note in footnotes(study):
         console.print(f"[dim]{note}[/dim]")
     titles = {arm["name"]: title(arm) for arm in study["arms"]}
