@@ -39,7 +39,7 @@ def dequant_gemm() -> str:
         facts = content["environment"]
         head = (
             f"`dequant_gemm`, W4, group 128, µs (medians), {facts['device']}, "
-            f"{facts['threads']} threads, torch {facts['torch']}:"
+            f"threads: {facts['threads']}, torch {facts['torch']}:"
         )
         parts += [head, "", benchmark_table(content)]
     return "\n".join(parts)
