@@ -13,6 +13,9 @@ from benchmarks.harness import Ceiling
 
 ROOT = Path(__file__).parent / "results"
 
+# Changed files, but for the results themselves, which a run of several benchmarks changes as it goes.
+_CHANGES = ("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude)results")
+
 
 def device_name(device: torch.device) -> str:
     """A folder's name for the device: ``h200``, ``cpu-amd-epyc`` …."""
@@ -38,7 +41,7 @@ def environment(device: torch.device, ceiling: Ceiling) -> dict:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "commit": _git("rev-parse", "HEAD"),
-        "uncommitted": _git("status", "--porcelain", "--untracked-files=no") != "",
+        "uncommitted": _git(*_CHANGES) != "",
         "read_gb_per_s": round(ceiling.bytes_per_second / 1e9, 1),
         "matmul_tflop_per_s": round(ceiling.flops_per_second / 1e12, 2),
     }
