@@ -13,7 +13,7 @@ from benchmarks.harness import Ceiling
 
 ROOT = Path(__file__).parent / "results"
 
-# Changed files, but for the results themselves, which a run of several benchmarks changes as it goes.
+# Changed files without the results, which a run of several benchmarks changes as it goes.
 _CHANGES = ("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude)results")
 
 
