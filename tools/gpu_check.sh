@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one go: build, tests, compute-sanitizer, quickstart, benchmarks.
+# Everything that needs a GPU: build, tests, compute-sanitizer, quickstart, benchmarks.
 #
-#   tools/gpu_check.sh OUT        PYTHON=python3 names the interpreter; its torch is built against
+#   tools/gpu_check.sh OUT [PART...]     parts, all by default and in this order:
+#                                        build info tests memcheck racecheck quickstart benchmarks
 #
-# Results and logs go to OUT. Every part runs even if one before it failed; the exit code says
-# whether all passed.
+# PYTHON=python3 names the interpreter; its torch is built against. Results and logs go to OUT.
+# Every part runs even if one before it failed; the exit code says whether all passed.
 set -uo pipefail
-out=$(realpath -m "${1:?usage: tools/gpu_check.sh OUT}")
+out=$(realpath -m "${1:?usage: tools/gpu_check.sh OUT [PART...]}")
+shift
+parts=("${@:-build info tests memcheck racecheck quickstart benchmarks}")
 cd "$(dirname "$0")/.." || exit 1
 python=${PYTHON:-python3}
 mkdir -p "$out"
@@ -19,22 +22,33 @@ part() { # NAME LIMIT_S COMMAND...: logs to OUT/NAME.log, prints the end of it a
   timeout "$limit" "$@" >"$out/$name.log" 2>&1
   status=$?
   [ $status -eq 0 ] || failed=1
-  printf '\n=== %s: exit code %s, %s s\n' "$name" $status $((SECONDS - started))
-  tail -n 15 "$out/$name.log"
+  printf '\n=== %s: exit code %s, %s s\n%s\n' "$name" $status $((SECONDS - started)) \
+    "$(tail -n 15 "$out/$name.log")"
 }
 
 sanitizer() { # TOOL: the kernels' own tests under compute-sanitizer
   compute-sanitizer --tool "$1" --error-exitcode 9 --target-processes all \
     "$python" -m pytest -q -x -p no:cacheprovider tests/ops -k "cuda and (every_op or inside)"
 }
+export -f sanitizer
+export python
 
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
-part build 300 "$python" -m pip install -q --no-build-isolation --no-deps -e .
-part info 60 "$python" -m grace.cli info
-part tests 420 "$python" -m pytest -q -n 8 --dist loadscope tests
-command -v compute-sanitizer >/dev/null &&
-  for tool in memcheck racecheck; do part "$tool" 240 sanitizer "$tool"; done
-part quickstart 480 "$python" -m grace.cli quickstart --out "$out/run"
-part benchmarks 480 "$python" -m benchmarks
-cp -r benchmarks/results "$out/results"
+for name in ${parts[*]}; do
+  case $name in
+  build) part build 300 "$python" -m pip install -q --no-build-isolation --no-deps -e . ;;
+  info) part info 60 "$python" -m grace.cli info ;;
+  tests) part tests 420 "$python" -m pytest -q -n 8 --dist loadscope tests ;;
+  memcheck | racecheck) part "$name" 240 bash -c "sanitizer $name" ;;
+  quickstart) part quickstart 480 "$python" -m grace.cli quickstart --out "$out/run" ;;
+  benchmarks)
+    part benchmarks 480 "$python" -m benchmarks
+    cp -r benchmarks/results "$out/results"
+    ;;
+  *)
+    echo "no part '$name'" >&2
+    failed=1
+    ;;
+  esac
+done
 exit $failed
