@@ -15,6 +15,8 @@ struct Arguments {
   const Tensor& scales;   // [groups, 64 * n_tiles]
   const std::optional<Tensor>& bias;
   int64_t bits, group_size, out_features;
+  const std::optional<Tensor>& residual;  // [..., columns of the output]
+  bool swiglu;
 };
 
 inline Problem problem_of(const Arguments& a) {
@@ -43,6 +45,12 @@ inline void check_tensors(const Arguments& a, const Problem& p) {
   STD_TORCH_CHECK(!a.bias || (a.bias->scalar_type() == a.x.scalar_type() && a.bias->dim() == 1 &&
                               a.bias->size(0) == p.n),
                   "dequant_gemm: bias must be [N] in x's dtype");
+  STD_TORCH_CHECK(!a.swiglu || p.n % kBand == 0,
+                  "dequant_gemm: out_features must be a multiple of 16 with swiglu");
+  STD_TORCH_CHECK(!a.residual || (a.residual->scalar_type() == a.x.scalar_type() &&
+                                  a.residual->numel() == p.m * (a.swiglu ? p.n / 2 : p.n) &&
+                                  a.residual->is_contiguous()),
+                  "dequant_gemm: residual must be like the output, contiguous");
   STD_TORCH_CHECK(a.x.is_contiguous() && a.qweight.is_contiguous() && a.scales.is_contiguous() &&
                       (!a.bias || a.bias->is_contiguous()),
                   "dequant_gemm: tensors must be contiguous");
@@ -51,7 +59,7 @@ inline void check_tensors(const Arguments& a, const Problem& p) {
 inline Tensor output_of(const Arguments& a) {
   const auto sizes = a.x.sizes();
   std::vector<int64_t> shape(sizes.begin(), sizes.end());
-  shape.back() = a.out_features;
+  shape.back() = a.swiglu ? a.out_features / 2 : a.out_features;
   return torch::stable::new_empty(a.x, shape);
 }
 
@@ -71,7 +79,9 @@ Call<T> call_of(const Arguments& a, const Problem& p, const Tensor& out) {
           data<const uint32_t>(a.qweight),
           scales_of(a.scales),
           a.bias ? data<const T>(*a.bias) : nullptr,
-          data<T>(out)};
+          a.residual ? data<const T>(*a.residual) : nullptr,
+          data<T>(out),
+          a.swiglu};
 }
 
 // Calls f(call) with the element type of x and f's first template argument the width of the codes:

@@ -3,6 +3,7 @@
 #include "common/launch.h"
 #include "common/mma.h"
 #include "ops/dequant_gemm/call.h"
+#include "ops/dequant_gemm/plans.h"
 #include "ops/dequant_gemm/dequant_gemm.h"
 
 namespace grace::dequant_gemm {
@@ -15,6 +16,7 @@ constexpr int kChunk = 8;  // elements of 16 bits in a 16-byte access
 // A row of x's tile in shared memory: 64 columns, and 16 bytes that shift the next row's banks so
 // that the eight rows of a fragment are read without conflicts.
 constexpr int kSharedStride = kTile + kChunk;
+constexpr int kFloatStride = kTile + 4;
 
 // Sums of a warp: 16 rows of the weight times kTiles tiles of 8 rows of x.
 template <int kTiles>
@@ -83,34 +85,44 @@ __device__ __forceinline__ void multiply_block(const uint32_t* words, const T* s
   }
 }
 
-// Bias, the rounding to T, and the turn from [n][m] to rows of the output, by way of shared memory.
+// Epilogue, and the turn from [n][m] to rows of the output, by way of shared memory.
 template <int kTiles, typename T>
 __device__ __forceinline__ void store(const Call<T>& call, const Sums<kTiles>& sums, int64_t n,
-                                      int64_t m, T* shared) {
+                                      int64_t m, float* shared) {
   const Problem& p = call.problem;
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  const int row = warp * kBand + lane / 4;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int row = warp * kBand + lane / 4 + i / 2 * 8;
-    const float bias = call.bias != nullptr && n + row < p.n ? to_float(call.bias[n + row]) : 0.0f;
+  for (int j = 0; j < kTiles; ++j) {
 #pragma unroll
-    for (int j = 0; j < kTiles; ++j) {
-      const int x_row = j * 8 + lane % 4 * 2 + i % 2;
-      shared[x_row * kSharedStride + row] = from_float<T>(sums.total[j][i] + bias);
+    for (int i = 0; i < 2; ++i) {
+      float* to = shared + (j * 8 + lane % 4 * 2 + i) * kFloatStride;
+      const float low = call.biased(sums.total[j][i], n + row);
+      const float high = call.biased(sums.total[j][i + 2], n + row + 8);
+      if (call.swiglu) {
+        to[swiglu_column(row)] = swiglu(low, high);
+      } else {
+        to[row] = low;
+        to[row + 8] = high;
+      }
     }
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < kTiles * 8 * kTile; i += kThreads) {
-    const int x_row = i / kTile, row = i % kTile;
-    if (m + x_row < p.m && n + row < p.n)
-      call.out[(m + x_row) * p.n + n + row] = shared[x_row * kSharedStride + row];
+  const int width = call.swiglu ? kTile / 2 : kTile;
+  const int64_t first = call.swiglu ? n / 2 : n;
+  for (int i = threadIdx.x; i < kTiles * 8 * width; i += kThreads) {
+    const int x_row = i / width, column = i % width;
+    if (m + x_row < p.m && first + column < call.columns())
+      call.out[(m + x_row) * call.columns() + first + column] =
+          call.finished(shared[x_row * kFloatStride + column], m + x_row, first + column);
   }
 }
 
 template <int kBits, int kTiles, typename T>
 __global__ void __launch_bounds__(kThreads) dequant_gemm_kernel(Call<T> call, bool aligned) {
   const Problem& p = call.problem;
-  alignas(16) __shared__ T shared[kTiles * 8 * kSharedStride];
+  alignas(16) __shared__ float buffer[kTiles * 8 * kFloatStride];
+  T* const shared = reinterpret_cast<T*>(buffer);  // x first, sums at the end
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const int64_t n = int64_t{blockIdx.x} * kTile, m = int64_t{blockIdx.y} * kTiles * 8;
   const int64_t row = n + warp * kBand + lane / 4;  // and row + 8: inside the padded scales
@@ -139,19 +151,16 @@ __global__ void __launch_bounds__(kThreads) dequant_gemm_kernel(Call<T> call, bo
     }
     __syncthreads();
   }
-  store(call, sums, n, m, shared);
+  store(call, sums, n, m, buffer);
 }
 
 // Any group size: a thread an output, codes one at a time.
 constexpr int kAnyThreads = 256;
 
 template <int kBits, typename T>
-__global__ void __launch_bounds__(kAnyThreads) dequant_gemm_any_group_kernel(Call<T> call) {
+__device__ float any_group_sum(const Call<T>& call, int64_t m, int64_t n) {
   const Problem& p = call.problem;
-  const int64_t i = int64_t{blockIdx.x} * kAnyThreads + threadIdx.x;
-  if (i >= p.m * p.n) return;
-  const int64_t m = i / p.n, n = i % p.n;
-  float total = call.bias != nullptr ? to_float(call.bias[n]) : 0.0f;
+  float total = 0.0f;
   for (int64_t group = 0; group < p.groups(); ++group) {
     float sum = 0.0f;
     for (int64_t j = 0; j < p.group_size; ++j) {
@@ -161,7 +170,22 @@ __global__ void __launch_bounds__(kAnyThreads) dequant_gemm_any_group_kernel(Cal
     }
     total += call.scales.at(group, n) * sum;
   }
-  call.out[i] = from_float<T>(total);
+  return call.biased(total, n);
+}
+
+template <int kBits, typename T>
+__global__ void __launch_bounds__(kAnyThreads) dequant_gemm_any_group_kernel(Call<T> call) {
+  const int64_t i = int64_t{blockIdx.x} * kAnyThreads + threadIdx.x, columns = call.columns();
+  if (i >= call.problem.m * columns) return;
+  const int64_t m = i / columns, column = i % columns;
+  if (call.swiglu) {
+    const int64_t gate = column / (kBand / 2) * kBand + column % (kBand / 2);
+    const float value = swiglu(any_group_sum<kBits>(call, m, gate),
+                               any_group_sum<kBits>(call, m, gate + kBand / 2));
+    call.out[i] = call.finished(value, m, column);
+  } else {
+    call.out[i] = call.finished(any_group_sum<kBits>(call, m, column), m, column);
+  }
 }
 
 // --- choice and launch --------------------------------------------------------------------------
@@ -174,33 +198,53 @@ void launch_tiles(const Call<T>& call, int device) {
   launch(dequant_gemm_kernel<kBits, kTiles, T>, {grid, kThreads}, device, call, aligned);
 }
 
+template <int kBits, typename T>
+void launch_any_group(const Call<T>& call, int device) {
+  const dim3 grid(ceil_div<int64_t>(call.problem.m * call.columns(), kAnyThreads));
+  launch(dequant_gemm_any_group_kernel<kBits, T>, {grid, kAnyThreads}, device, call);
+}
+
+template <int kBits, typename T>
+void launch_portable(const Call<T>& call, int device) {
+  const int64_t m = call.problem.m;
+  if (m <= 8) return launch_tiles<kBits, 1>(call, device);
+  if (m <= 16) return launch_tiles<kBits, 2>(call, device);
+  if (m <= 32) return launch_tiles<kBits, 4>(call, device);
+  launch_tiles<kBits, 8>(call, device);
+}
+
 struct Run {
   int device;
+  int64_t plan;
 
   template <int kBits, typename T>
   void operator()(const Call<T>& call) const {
-    const Problem& p = call.problem;
     if constexpr (std::is_same_v<T, float>) {
       STD_TORCH_CHECK(false, "dequant_gemm: x must be float16 or bfloat16 on a GPU");
-    } else if (!p.whole_blocks()) {
-      const dim3 grid(ceil_div<int64_t>(p.m * p.n, kAnyThreads));
-      launch(dequant_gemm_any_group_kernel<kBits, T>, {grid, kAnyThreads}, device, call);
-    } else if (p.m <= 8) {
-      launch_tiles<kBits, 1>(call, device);
-    } else if (p.m <= 16) {
-      launch_tiles<kBits, 2>(call, device);
-    } else if (p.m <= 32) {
-      launch_tiles<kBits, 4>(call, device);
     } else {
-      launch_tiles<kBits, 8>(call, device);
+      const Plan chosen = plan == -1 ? choose<kBits>(call, device) : plan_of(plan);
+      STD_TORCH_CHECK(runs<kBits>(call, chosen, device), "dequant_gemm: plan ", plan,
+                      " does not run this call");
+      switch (chosen.family) {
+        case Family::kAnyGroup:
+          return launch_any_group<kBits>(call, device);
+        case Family::kPortable:
+          return launch_portable<kBits>(call, device);
+        case Family::kDecode:
+          return decode<kBits>(call, chosen.variant, device);
+        case Family::kPrefill:
+          return prefill<kBits>(call, chosen.variant, device);
+      }
     }
   }
 };
 
 Tensor dequant_gemm_cuda(const Tensor& x, const Tensor& qweight, const Tensor& scales,
                          const std::optional<Tensor>& bias, int64_t bits, int64_t group_size,
-                         int64_t out_features) {
-  return run_on({x, qweight, scales, bias, bits, group_size, out_features}, Run{device_of(x)});
+                         int64_t out_features, const std::optional<Tensor>& residual, bool swiglu,
+                         int64_t plan) {
+  return run_on({x, qweight, scales, bias, bits, group_size, out_features, residual, swiglu},
+                Run{device_of(x), plan});
 }
 
 }  // namespace

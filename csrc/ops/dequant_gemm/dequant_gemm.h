@@ -2,6 +2,7 @@
 // device. grace/packing.py makes the layout and describes it; docs/ops/dequant_gemm.md draws it.
 #pragma once
 
+#include <cmath>
 #include <type_traits>
 
 #include "common/numeric.h"
@@ -50,16 +51,40 @@ struct Scales {
   }
 };
 
-// One call on contiguous tensors.
+// One call on contiguous tensors. With swiglu, rows of the weight alternate by eights, gate and up
+// (grace.packing.interleave), so that rows r and r + 8 of a band make one output.
 template <typename T>
 struct Call {
   Problem problem;
   const T* x;               // [m, k]
   const uint32_t* qweight;  // [n_tiles, k_tiles, words of a tile]
   Scales scales;
-  const T* bias;  // [n] or null
-  T* out;         // [m, n]
+  const T* bias;      // [n] or null
+  const T* residual;  // [m, columns()] or null: added last
+  T* out;             // [m, columns()]
+  bool swiglu;
+
+  GRACE_HOST_DEVICE int64_t columns() const { return swiglu ? problem.n / 2 : problem.n; }
+
+  // A sum with its bias; rows of the padding have none.
+  GRACE_HOST_DEVICE float biased(float sum, int64_t row) const {
+    return bias != nullptr && row < problem.n ? sum + to_float(bias[row]) : sum;
+  }
+
+  // The output at [m][column] from its value: the residual, and the one rounding.
+  GRACE_HOST_DEVICE T finished(float value, int64_t m, int64_t column) const {
+    if (residual != nullptr) value += to_float(residual[m * columns() + column]);
+    return from_float<T>(value);
+  }
 };
+
+// silu(gate) * up, and where it goes: the column of the output that a gate's row makes.
+GRACE_HOST_DEVICE inline float swiglu(float gate, float up) {
+  return gate / (1.0f + expf(-gate)) * up;
+}
+GRACE_HOST_DEVICE inline int64_t swiglu_column(int64_t gate_row) {
+  return gate_row / kBand * (kBand / 2) + gate_row % (kBand / 2);
+}
 
 // Two neighbours of a row, offset codes at bits 0 and 16 with others above them, of one band of a
 // tile: columns 16 * block + 8 * c8 + 2 * (lane % 4) and the next, row lane / 4 + 8 * r8.
