@@ -30,9 +30,22 @@ struct LaunchShape {
   dim3 grid;
   dim3 block;
   size_t shared_bytes = 0;
+  // sm_90 and later. A dependent kernel may start before the one ahead of it in the stream has
+  // ended: until it calls wait_for_previous_kernel it touches only what no kernel writes.
+  bool dependent = false;
+  unsigned cluster = 1;  // blocks, along x, that share their shared memory
 };
 
 constexpr int kWarpSize = 32;
+
+// What a dependent kernel calls before it reads or writes what other kernels write; from then on
+// the next dependent kernel of the stream may start.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
 
 template <typename Integer>
 GRACE_HOST_DEVICE constexpr Integer ceil_div(Integer a, Integer b) {
@@ -82,6 +95,18 @@ void launch(void (*kernel)(Parameters...), const LaunchShape& shape, int device,
   config.blockDim = shape.block;
   config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = current_stream(device);
+  cudaLaunchAttribute attributes[2] = {};
+  config.attrs = attributes;
+  if (shape.dependent) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (shape.cluster > 1) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {shape.cluster, 1, 1};
+  }
   check_cuda(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...),
              "launching a kernel");
 }
