@@ -131,6 +131,37 @@ def dequantize(
     return (grouped * scales.to(compute).unsqueeze(-1)).view(out_features, in_features)
 
 
+def interleave(gate: Tensor, up: Tensor) -> Tensor:
+    """Rows of two projections by eights, gate before up: one weight for SwiGLU in one GEMM.
+
+    So a lane of a tensor core holds a gate's sum and its up's. For codes and scales before `pack`
+    [N, …] and for biases [N].
+
+    Returns:
+        [2·N, …].
+
+    Raises:
+        ValueError: other shapes or dtypes than each other's, or rows that eight does not divide.
+    """
+    if gate.shape != up.shape or gate.dtype != up.dtype:
+        raise ValueError(
+            f"interleave: up must be {gate.dtype} {list(gate.shape)}, "
+            f"got {up.dtype} {list(up.shape)}"
+        )
+    if gate.dim() == 0 or gate.shape[0] % 8:
+        raise ValueError(
+            f"interleave: rows must be a multiple of 8, got shape {list(gate.shape)}"
+        )
+    eights = [part.unflatten(0, (-1, 8)) for part in (gate, up)]
+    return torch.stack(eights, dim=1).flatten(0, 2)
+
+
+def deinterleave(out: Tensor) -> tuple[Tensor, Tensor]:
+    """(gate, up) of outputs [..., 2·N] of a weight made by `interleave`: each [..., N]."""
+    gate, up = out.unflatten(-1, (-1, 2, 8)).unbind(-2)
+    return gate.flatten(-2), up.flatten(-2)
+
+
 def _sizes(axes: tuple[str, ...], n_tiles: int, k_tiles: int, blocks: int) -> list[int]:
     known = {**_SIZES, "n_tile": n_tiles, "k_tile": k_tiles, "block": blocks}
     return [known[axis] for axis in axes]

@@ -6,11 +6,12 @@ The name ``grace.ops.<op>`` is the function; its module's other names come by
 
 from grace import _library
 from grace.ops.cka import cka
-from grace.ops.dequant_gemm import dequant_gemm
+from grace.ops.dequant_gemm import dequant_gemm, load_plans
 from grace.ops.fake_quant import fake_quant
 from grace.ops.gated_dkd import gated_dkd
 from grace.ops.linear_gated_dkd import linear_gated_dkd
 
-_library.load()
+if _library.load():
+    load_plans()
 
 __all__ = ["cka", "dequant_gemm", "fake_quant", "gated_dkd", "linear_gated_dkd"]

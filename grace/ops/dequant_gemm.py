@@ -2,12 +2,16 @@
 
     y[m, n] = Σ_k x[m, k] · q[n, k] · s[n, k // group_size] + bias[n]
 
-accumulated in fp32 and rounded once, to x's dtype. Weights come from ``grace.packing.pack``; the
-layout is described there. Inference only: no gradient.
+accumulated in fp32 and rounded once, to x's dtype. What follows a projection in a decoder can be
+part of the same kernel: SwiGLU of a gate and an up projection held as one weight, and the residual.
+Weights come from ``grace.packing.pack``; the layout is described there. Inference only: no gradient.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -15,12 +19,12 @@ from torch import Tensor
 
 from grace import _library
 from grace.ops._checks import KERNEL_DTYPES, accumulate_dtype
-from grace.packing import TILE, dequantize, words_per_tile
+from grace.packing import TILE, deinterleave, dequantize, words_per_tile
 
 _library.define(
     "dequant_gemm",
     "(Tensor x, Tensor qweight, Tensor scales, Tensor? bias, int bits, int group_size, "
-    "int out_features) -> Tensor",
+    "int out_features, Tensor? residual=None, bool swiglu=False, int plan=-1) -> Tensor",
 )
 _op = torch.ops.grace.dequant_gemm.default
 
@@ -34,8 +38,14 @@ def dequant_gemm(
     bits: int,
     group_size: int,
     out_features: int,
+    residual: Tensor | None = None,
+    swiglu: bool = False,
+    plan: int = -1,
 ) -> Tensor:
     """Multiplies ``x`` with a packed weight [N, K] transposed, and adds ``bias``.
+
+    With ``swiglu`` the weight is that of two projections, made by ``grace.packing.interleave``:
+    y = silu(x · gateᵀ + bias_gate) ⊙ (x · upᵀ + bias_up), [..., N/2]. ``residual`` is added last.
 
     Args:
         x: [..., K] float16 or bfloat16; on a CPU also float32 (and float64, by the reference).
@@ -46,18 +56,39 @@ def dequant_gemm(
         group_size: columns that share a scale: divides K, or −1 for one group a row. Multiples of
             16 and one group a row are fast; any other takes a general kernel.
         out_features: N, which the padding of ``qweight`` leaves open.
+        residual: like the result, or None.
+        swiglu: N is then a multiple of 16, and ``bias`` interleaved like the weight.
+        plan: the number of the kernel to run (``plans``), or -1: the one measured as the fastest
+            for the most similar layer. GPU only.
 
     Returns:
-        [..., N] in x's dtype. A row does not depend on the other rows of x within one kernel, and
-        repeated calls are bitwise equal.
+        [..., N], or [..., N/2] with ``swiglu``, in x's dtype. A row does not depend on the other
+        rows of x within one kernel, and repeated calls are bitwise equal.
 
     Raises:
         ValueError: for a dtype, shape, width or group size outside of the above.
+        RuntimeError: ``plan`` names no kernel, or one that does not run this call.
     """
     _check(x, qweight, scales, bias, bits, group_size, out_features)
+    _check_residual(x, out_features, residual, swiglu)
+    if residual is not None:
+        residual = residual.contiguous()
     if x.dtype == torch.float64:
-        return reference(x, qweight, scales, bias, bits, group_size, out_features)
-    return _op(x.contiguous(), qweight, scales, bias, bits, group_size, out_features)
+        return reference(
+            x, qweight, scales, bias, bits, group_size, out_features, residual, swiglu
+        )
+    return _op(
+        x.contiguous(),
+        qweight,
+        scales,
+        bias,
+        bits,
+        group_size,
+        out_features,
+        residual,
+        swiglu,
+        plan,
+    )
 
 
 def _check(
@@ -138,6 +169,18 @@ def _check_in_features(in_features: int, k_tiles: int, groups: int, group_size: 
         _refuse("x", f"have {packed} features", in_features)
 
 
+def _check_residual(x: Tensor, out_features: int, residual: Tensor | None, swiglu: bool) -> None:
+    if swiglu and out_features % 16:
+        _refuse("out_features", "be a multiple of 16 with swiglu", out_features)
+    if residual is None:
+        return
+    shape = (*x.shape[:-1], out_features // 2 if swiglu else out_features)
+    if residual.dtype != x.dtype or residual.shape != shape:
+        _refuse("residual", f"be {x.dtype} {list(shape)}", _describe(residual))
+    if residual.device != x.device:
+        _refuse("residual", f"be on {x.device}", residual.device)
+
+
 def _describe(tensor: Tensor) -> str:
     return f"{tensor.dtype} {list(tensor.shape)}"
 
@@ -155,8 +198,13 @@ def reference(
     bits: int,
     group_size: int,
     out_features: int,
+    residual: Tensor | None = None,
+    swiglu: bool = False,
+    plan: int = -1,
 ) -> Tensor:
     """dequant_gemm in plain PyTorch, in float32 (float64 for float64 x)."""
+    if plan != -1:
+        raise RuntimeError(f"dequant_gemm: plan must be -1 without compiled kernels, got {plan}")
     compute = accumulate_dtype(x.dtype)
     weight = dequantize(
         qweight,
@@ -167,7 +215,12 @@ def reference(
         out_features=out_features,
     )
     out = x.to(compute) @ weight.t()
-    return (out if bias is None else out + bias.to(compute)).to(x.dtype)
+    if bias is not None:
+        out = out + bias.to(compute)
+    if swiglu:
+        gate, up = deinterleave(out)
+        out = torch.nn.functional.silu(gate) * up
+    return (out if residual is None else out + residual.to(compute)).to(x.dtype)
 
 
 @_library.fake("dequant_gemm")
@@ -179,5 +232,48 @@ def _(
     bits: int,
     group_size: int,
     out_features: int,
+    residual: Tensor | None = None,
+    swiglu: bool = False,
+    plan: int = -1,
 ) -> Tensor:
-    return x.new_empty(*x.shape[:-1], out_features)
+    return x.new_empty(*x.shape[:-1], out_features // 2 if swiglu else out_features)
+
+
+# --- plans: which kernel runs --------------------------------------------------------------------
+
+PLANS = Path(__file__).with_name("dequant_gemm_plans")  # one file of measured rows a GPU
+_ROW = ("bits", "n", "k", "m", "plan")
+
+# Not ops: questions to the compiled library.
+torch.library.define(
+    f"{_library.NAMESPACE}::dequant_gemm_runs",
+    "(Tensor x, Tensor qweight, Tensor scales, int bits, int group_size, int out_features, "
+    "int plan) -> bool",
+)
+torch.library.define(f"{_library.NAMESPACE}::dequant_gemm_set_plans", "(Tensor rows) -> ()")
+
+
+def plans(
+    x: Tensor, qweight: Tensor, scales: Tensor, bits: int, group_size: int, out_features: int
+) -> list[int]:
+    """The numbers of the kernels that can compute this call on a GPU, each a valid ``plan``."""
+    runs = torch.ops.grace.dequant_gemm_runs
+    arguments = (x, qweight, scales, bits, group_size, out_features)
+    return [plan for plan in range(400) if runs(*arguments, plan)]
+
+
+def set_plans(rows: Iterable[Mapping[str, int]]) -> None:
+    """Replaces the table by which kernels are chosen.
+
+    Args:
+        rows: each with ``bits``, ``n``, ``k``, ``m`` (the most rows of x that it is for) and
+            ``plan``.
+    """
+    table = [[int(row[key]) for key in _ROW] for row in rows]
+    torch.ops.grace.dequant_gemm_set_plans(torch.tensor(table, dtype=torch.int64).view(-1, 5))
+
+
+def load_plans() -> None:
+    """Hands the committed table of measured rows to the compiled kernels."""
+    tables = [json.loads(path.read_text()) for path in sorted(PLANS.glob("*.json"))]
+    set_plans(row for table in tables for row in table["rows"])

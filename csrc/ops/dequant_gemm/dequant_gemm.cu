@@ -213,6 +213,49 @@ void launch_portable(const Call<T>& call, int device) {
   launch_tiles<kBits, 8>(call, device);
 }
 
+template <int kBits, typename T>
+bool runs(const Call<T>& call, const Plan& plan, int device) {
+  switch (plan.family) {
+    case Family::kAnyGroup:
+      return plan.variant == 0;
+    case Family::kPortable:
+      return plan.variant == 0 && call.problem.whole_blocks();
+    case Family::kDecode:
+      return plan.variant < decode_variants() && decode_runs<kBits>(call, plan.variant, device);
+    case Family::kPrefill:
+      return plan.variant < prefill_variants() && prefill_runs<kBits>(call, plan.variant, device);
+  }
+  return false;
+}
+
+// What was measured for the most similar layer, if it runs here; else the first that does of a list
+// from the quickest kernel to the one that runs everything.
+template <int kBits, typename T>
+Plan choose(const Call<T>& call, int device) {
+  const Problem& p = call.problem;
+  const int64_t measured = measured_plan(kBits, p.m, p.n, p.k);
+  if (measured >= 0 && runs<kBits>(call, plan_of(measured), device)) return plan_of(measured);
+  for (int variant = 0; variant < decode_variants(); ++variant)
+    if (decode_runs<kBits>(call, variant, device)) return {Family::kDecode, variant};
+  for (int variant = 0; variant < prefill_variants(); ++variant)
+    if (prefill_runs<kBits>(call, variant, device)) return {Family::kPrefill, variant};
+  return {p.whole_blocks() ? Family::kPortable : Family::kAnyGroup, 0};
+}
+
+template <int kBits, typename T>
+void run_plan(const Call<T>& call, const Plan& plan, int device) {
+  switch (plan.family) {
+    case Family::kAnyGroup:
+      return launch_any_group<kBits>(call, device);
+    case Family::kPortable:
+      return launch_portable<kBits>(call, device);
+    case Family::kDecode:
+      return decode<kBits>(call, plan.variant, device);
+    case Family::kPrefill:
+      return prefill<kBits>(call, plan.variant, device);
+  }
+}
+
 struct Run {
   int device;
   int64_t plan;
@@ -223,18 +266,9 @@ struct Run {
       STD_TORCH_CHECK(false, "dequant_gemm: x must be float16 or bfloat16 on a GPU");
     } else {
       const Plan chosen = plan == -1 ? choose<kBits>(call, device) : plan_of(plan);
-      STD_TORCH_CHECK(runs<kBits>(call, chosen, device), "dequant_gemm: plan ", plan,
+      STD_TORCH_CHECK(plan == -1 || runs<kBits>(call, chosen, device), "dequant_gemm: plan ", plan,
                       " does not run this call");
-      switch (chosen.family) {
-        case Family::kAnyGroup:
-          return launch_any_group<kBits>(call, device);
-        case Family::kPortable:
-          return launch_portable<kBits>(call, device);
-        case Family::kDecode:
-          return decode<kBits>(call, chosen.variant, device);
-        case Family::kPrefill:
-          return prefill<kBits>(call, chosen.variant, device);
-      }
+      run_plan<kBits>(call, chosen, device);
     }
   }
 };
@@ -247,9 +281,31 @@ Tensor dequant_gemm_cuda(const Tensor& x, const Tensor& qweight, const Tensor& s
                 Run{device_of(x), plan});
 }
 
+struct Asks {
+  int device;
+  int64_t plan;
+  bool& answer;
+
+  template <int kBits, typename T>
+  void operator()(const Call<T>& call) const {
+    if constexpr (!std::is_same_v<T, float>)
+      answer = plan >= 0 && runs<kBits>(call, plan_of(plan), device);
+  }
+};
+
+bool dequant_gemm_runs_cuda(const Tensor& x, const Tensor& qweight, const Tensor& scales,
+                            int64_t bits, int64_t group_size, int64_t out_features, int64_t plan) {
+  bool answer = false;
+  const std::optional<Tensor> none;
+  run_on({x, qweight, scales, none, bits, group_size, out_features, none, false},
+         Asks{device_of(x), plan, answer});
+  return answer;
+}
+
 }  // namespace
 }  // namespace grace::dequant_gemm
 
 GRACE_CUDA_KERNELS(m) {
   m.impl("dequant_gemm", TORCH_BOX(&grace::dequant_gemm::dequant_gemm_cuda));
+  m.impl("dequant_gemm_runs", TORCH_BOX(&grace::dequant_gemm::dequant_gemm_runs_cuda));
 }

@@ -24,6 +24,15 @@ struct Plan {
   int variant;
 };
 
+constexpr int64_t kFamilies = 100;  // a plan's number is 100 * family + variant
+inline Plan plan_of(int64_t number) {
+  return {static_cast<Family>(number / kFamilies), static_cast<int>(number % kFamilies)};
+}
+
+// The measured plan of the most similar layer for this many rows of x, or -1 where nothing was
+// measured. Sizes of a layer are similar when their logarithms are.
+int64_t measured_plan(int64_t bits, int64_t m, int64_t n, int64_t k);
+
 int decode_variants();
 template <int kBits, typename T>
 bool decode_runs(const Call<T>& call, int variant, int device);
