@@ -32,6 +32,15 @@ if(GRACE_CUDA AND NOT GRACE_CUDA_ARCHS)
     "e.g. GRACE_CUDA_ARCHS=\"80;89;90a\"")
 endif()
 
+# CMake looks for nvcc on PATH and in CUDACXX; toolkits are often installed beside them.
+if(NOT DEFINED ENV{CUDACXX} AND NOT CMAKE_CUDA_COMPILER)
+  find_program(grace_nvcc nvcc HINTS ENV CUDA_HOME ENV CUDA_PATH ENV CUDA_ROOT PATHS /usr/local/cuda
+    PATH_SUFFIXES bin)
+  if(grace_nvcc)
+    set(ENV{CUDACXX} ${grace_nvcc})
+  endif()
+endif()
+
 set(GRACE_CUDA OFF)
 if(GRACE_CUDA_ARCHS AND (grace_cuda_asked OR grace_cuda_asked STREQUAL ""))
   include(CheckLanguage)

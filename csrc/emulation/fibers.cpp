@@ -1,4 +1,6 @@
 // The scheduler behind cuda.h: one fiber a CUDA thread, switched at barriers and warp exchanges.
+// Hardened builds replace longjmp by one that aborts when it leaves for another stack.
+#undef _FORTIFY_SOURCE
 #include <setjmp.h>
 #include <ucontext.h>
 

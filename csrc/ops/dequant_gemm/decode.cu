@@ -37,8 +37,8 @@ __device__ __forceinline__ uint32_t load_scale(const uint16_t* from) {
 #if defined(GRACE_EMULATE)
   return *from;
 #else
-  uint16_t v;
-  asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(v) : "l"(from));
+  uint32_t v;  // a register that the load fills by itself: nothing waits for it here
+  asm volatile("ld.global.nc.u16 %0, [%1];" : "=r"(v) : "l"(from));
   return v;
 #endif
 }
@@ -94,122 +94,99 @@ struct Shape {
   static constexpr int kBlocksPerSm = kBlocksPerSm_;
   static constexpr int kThreads = kWarps * kWarpSize;
   static constexpr int kParts = kBands * kTiles;  // fragments of sums of a warp
-  static constexpr int kSumBytes = kParts * kThreads * 16;
+
+  // Of the sums that meet in one block: its share of the parts, from all warps of the cluster.
+  GRACE_HOST_DEVICE static constexpr int sum_bytes(int cluster) {
+    return (kParts + cluster - 1) / cluster * cluster * kThreads * 16;
+  }
 };
 
 constexpr int kXTileBytes = 1024;  // fragments of 8 rows and 64 columns of x
 
-struct Split {
-  int blocks;       // of a cluster
-  int first, last;  // tiles of K that this block has
-
-  __device__ Split(int k_tiles, unsigned cluster_blocks)
-      : blocks(static_cast<int>(cluster_blocks)) {
-    const int rank = static_cast<int>(cluster_rank());
-    first = k_tiles * rank / blocks;
-    last = k_tiles * (rank + 1) / blocks;
-  }
-};
-
-// Divides numbers below 2^16 by one below 2^16, without a division.
-struct Divider {
-  uint32_t magic;
-
-  static Divider of(int64_t divisor) {
-    return {static_cast<uint32_t>(((uint64_t{1} << 32) + divisor - 1) / divisor)};
-  }
-  __device__ __forceinline__ int operator()(int x) const {
-    if (magic == 0) return x;  // 2^32 / 1
-    return static_cast<int>((static_cast<uint64_t>(static_cast<uint32_t>(x)) * magic) >> 32);
-  }
-};
-
-// What the kernel needs beside the call.
+// What the kernel works with beside the call, in the integers that a GPU is quick with.
 struct Walk {
-  int cluster;           // blocks that split K
-  Divider tiles_a_group; // when two_groups is false
-  bool two_groups;       // of 32 columns a tile; else a tile lies in one group
+  int m, k, k_tiles, bands, groups, scale_stride;
+  int cluster;        // blocks that split K
+  int tiles_a_group;  // unless a tile has two groups
 };
 
 // --- x into shared memory --------------------------------------------------------------------------
 
-template <typename T>
-__device__ __forceinline__ uint32_t load_pair(const T* row, int64_t column, int64_t k) {
-  if (column + 1 < k && k % 2 == 0) return *reinterpret_cast<const uint32_t*>(row + column);
-  const auto bits = [](T v) {
-    uint16_t b;
-    memcpy(&b, &v, 2);
-    return uint32_t{b};
-  };
-  return (column < k ? bits(row[column]) : 0) | (column + 1 < k ? bits(row[column + 1]) << 16 : 0);
-}
-
 // [tile][8 rows of x][half][lane]: for blocks 2 half and 2 half + 1 of the tile the two registers of
-// operand B. Rows that x has not are left out: nothing reads them.
+// operand B. Rows that x has not are left out: nothing reads them. k is a multiple of 32.
 template <int kTiles, int kThreads, typename T>
-__device__ __forceinline__ void load_x(const Call<T>& call, const Split& split, uint4* shared) {
-  const int count = (split.last - split.first) * kTiles * 2 * kWarpSize;
-  const int64_t k = call.problem.k;
-#pragma unroll 4
-  for (int i = threadIdx.x; i < count; i += kThreads) {
-    const int lane = i % kWarpSize, half = i / kWarpSize % 2, j = i / (2 * kWarpSize) % kTiles;
-    const int m = j * 8 + lane / 4;
-    if (m >= call.problem.m) continue;
-    const int tile = split.first + i / (2 * kWarpSize * kTiles);
-    const T* const row = call.x + m * k;
-    const int64_t column = int64_t{tile} * kTile + half * 2 * kBlock + 2 * (lane % 4);
-    shared[i] = {load_pair(row, column, k), load_pair(row, column + 8, k),
-                 load_pair(row, column + 16, k), load_pair(row, column + 24, k)};
+__device__ __forceinline__ void load_x(const T* x, const Walk& walk, int first, int tiles,
+                                       uint4* shared) {
+  for (int i = threadIdx.x; i < tiles * 8; i += kThreads) {
+    const int tile = i / 8, half = i / 4 % 2, tig = i % 4;
+    const int column = (first + tile) * kTile + half * 2 * kBlock;
+    const bool inside = column < walk.k;
+    uint4* const to = shared + (tile * kTiles * 2 + half) * kWarpSize + tig;
+    const T* from = x + column + 2 * tig;
+#pragma unroll 8
+    for (int m = 0; m < walk.m; ++m) {
+      uint4 v = {0, 0, 0, 0};
+      if (inside) {
+        const uint32_t* const pairs = reinterpret_cast<const uint32_t*>(from + m * walk.k);
+        v = {pairs[0], pairs[4], pairs[8], pairs[12]};
+      }
+      to[m / 8 * 2 * kWarpSize + m % 8 * 4] = v;
+    }
   }
 }
 
 // --- the stream of weights -----------------------------------------------------------------------
 
 // One tile's share of a warp, on its way from memory.
-template <int kBits, int kBands>
+template <int kBits, int kBands, int kGroups>
 struct Slot {
   uint4 words[kBands][kBits / 4];
-  uint32_t scales[kBands][2][2];  // [group of the tile][row gid, row gid + 8], as they are stored
+  uint32_t scales[kGroups][kBands][2];  // of rows gid and gid + 8, as they are stored
 };
 
-// Walks a warp's tiles, band after band, and starts their loads.
-template <int kBits, int kBands>
+// Walks a warp's tiles, band after band, and starts their loads. Additions and counters only: what
+// is done here is done for every tile.
+template <int kBits, int kBands, int kGroups>
 class Loader {
  public:
-  __device__ __forceinline__ Loader(const Problem& p, const uint32_t* qweight, const Scales& scales,
-                                    const Walk& walk, int first, int last, int64_t band,
-                                    int64_t band_step)
-      : p_(p),
-        qweight_(qweight),
-        scales_(scales),
-        walk_(walk),
-        first_(first),
-        last_(last),
-        tile_(first),
-        band_(band),
-        step_(band_step) {
+  __device__ __forceinline__ Loader(const Walk& walk, const uint32_t* qweight, const void* scales,
+                                    int first, int last, int band, int step)
+      : walk_(walk),
+        first_words_(reinterpret_cast<const uint4*>(qweight) +
+                     int64_t{first} * (Layout<kBits>::kTileWords / 4) + threadIdx.x % kWarpSize),
+        first_scales_(static_cast<const uint16_t*>(scales) +
+                      (kGroups == 1 ? first / walk.tiles_a_group : kGroups * first) *
+                          int64_t{walk.scale_stride} +
+                      threadIdx.x % kWarpSize / 4),
+        tiles_(last - first),
+        first_left_(kGroups == 1 ? walk.tiles_a_group - first % walk.tiles_a_group : 1),
+        second_(kGroups == 1 ? 0 : walk.scale_stride),
+        step_(step),
+        band_(band) {
     enter();
   }
 
-  __device__ __forceinline__ bool more() const { return band_ * kBand < p_.n_tiles * kTile; }
-
-  __device__ __forceinline__ void next(Slot<kBits, kBands>& slot) {
-    if (!more()) return;
+  __device__ __forceinline__ void next(Slot<kBits, kBands, kGroups>& slot) {
+    if (band_ < walk_.bands) {
 #pragma unroll
-    for (int b = 0; b < kBands; ++b)
+      for (int b = 0; b < kBands; ++b) {
 #pragma unroll
-      for (int i = 0; i < kBits / 4; ++i)
-        slot.words[b][i] = load_once(words_ + b * (Layout<kBits>::kBandWords / 4) + i * kWarpSize);
-    const int groups = static_cast<int>(p_.groups());
-    if (walk_.two_groups) {
-      load_scales(slot, 0, std::min(2 * tile_, groups - 1));
-      load_scales(slot, 1, std::min(2 * tile_ + 1, groups - 1));
-    } else {
-      load_scales(slot, 1, walk_.tiles_a_group(tile_));
+        for (int i = 0; i < kBits / 4; ++i)
+          slot.words[b][i] =
+              load_once(words_ + b * (Layout<kBits>::kBandWords / 4) + i * kWarpSize);
+#pragma unroll
+        for (int g = 0; g < kGroups; ++g) {
+          slot.scales[g][b][0] = load_scale(scales_ + g * second_ + b * kBand);
+          slot.scales[g][b][1] = load_scale(scales_ + g * second_ + b * kBand + 8);
+        }
+      }
     }
     words_ += Layout<kBits>::kTileWords / 4;
-    if (++tile_ == last_) {
-      tile_ = first_;
+    if (--group_left_ == 0) {
+      scales_ += kGroups * walk_.scale_stride;
+      group_left_ = kGroups == 1 ? walk_.tiles_a_group : 1;
+    }
+    if (--tiles_left_ == 0) {
       band_ += step_;
       enter();
     }
@@ -217,42 +194,33 @@ class Loader {
 
  private:
   __device__ __forceinline__ void enter() {
-    const int lane = threadIdx.x % kWarpSize;
-    const int64_t tile_row = band_ / (kTile / kBand), band = band_ % (kTile / kBand);
-    words_ = reinterpret_cast<const uint4*>(qweight_ +
-                                            (tile_row * p_.k_tiles + first_) *
-                                                Layout<kBits>::kTileWords +
-                                            band * Layout<kBits>::kBandWords) +
-             lane;
-    rows_ = static_cast<const uint16_t*>(scales_.data) + band_ * kBand + lane / 4;
+    constexpr unsigned kBandsOfTile = kTile / kBand;
+    const auto band = static_cast<unsigned>(band_);
+    words_ = first_words_ +
+             int64_t{band / kBandsOfTile} * walk_.k_tiles * (Layout<kBits>::kTileWords / 4) +
+             band % kBandsOfTile * (Layout<kBits>::kBandWords / 4);
+    scales_ = first_scales_ + band_ * kBand;
+    tiles_left_ = tiles_;
+    group_left_ = first_left_;
   }
 
-  __device__ __forceinline__ void load_scales(Slot<kBits, kBands>& slot, int which, int group) {
-    const uint16_t* from = rows_ + group * scales_.stride;
-#pragma unroll
-    for (int b = 0; b < kBands; ++b) {
-      slot.scales[b][which][0] = load_scale(from + b * kBand);
-      slot.scales[b][which][1] = load_scale(from + b * kBand + 8);
-    }
-  }
-
-  const Problem& p_;
-  const uint32_t* qweight_;
-  const Scales& scales_;
   const Walk& walk_;
-  int first_, last_, tile_;
-  int64_t band_, step_;
+  const uint4* const first_words_;  // this lane's, in band 0
+  const uint16_t* const first_scales_;
+  const int tiles_, first_left_, second_, step_;
+  int band_, tiles_left_ = 0, group_left_ = 0;
   const uint4* words_ = nullptr;
-  const uint16_t* rows_ = nullptr;
+  const uint16_t* scales_ = nullptr;
 };
 
 // --- arithmetic ------------------------------------------------------------------------------------
 
+// With x in bf16 scales are bf16 (`fits`); with fp16 they are either.
 template <typename T>
 __device__ __forceinline__ float scale_of(uint32_t stored, bool is_bf16) {
-  constexpr float kInverse = 1.0f / Fraction<T>::kValue;
   const auto bits = static_cast<uint16_t>(stored);
-  return kInverse * (is_bf16 ? to_float(bf16{bits}) : to_float(fp16{bits}));
+  if (std::is_same_v<T, bf16> || is_bf16) return to_float(bf16{bits});
+  return to_float(fp16{bits});
 }
 
 template <int kTiles>
@@ -261,14 +229,17 @@ struct Accumulators {
 };
 
 // One tile of K, for the bands of a warp: codes exactly, scales in fp32 at the end of a group.
-template <int kBits, typename S, typename T>
-__device__ __forceinline__ void multiply_tile(const Slot<kBits, S::kBands>& slot, const uint4* x,
-                                              int m, bool two_groups, bool is_bf16,
+template <int kBits, typename S, int kGroups, typename T>
+__device__ __forceinline__ void multiply_tile(const Slot<kBits, S::kBands, kGroups>& slot,
+                                              const uint4* x, int m, bool is_bf16,
                                               Accumulators<S::kTiles> (&total)[S::kBands]) {
   const int lane = threadIdx.x % kWarpSize;
-  Accumulators<S::kTiles> group[S::kBands];
+  // With few products a block, two chains of them: each waits for the one before.
+  constexpr int kChains = kGroups == 1 && S::kParts == 1 ? 2 : 1;
+  Accumulators<S::kTiles> chains[kChains][S::kBands];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
+    Accumulators<S::kTiles>(&group)[S::kBands] = chains[half % kChains];
     uint4 fragments[S::kTiles];
 #pragma unroll
     for (int j = 0; j < S::kTiles; ++j) {
@@ -290,18 +261,19 @@ __device__ __forceinline__ void multiply_tile(const Slot<kBits, S::kBands>& slot
         }
       }
     }
-    if (half == 1 || two_groups) {
+    if (half == 0 && kGroups == 1) continue;
+    constexpr int kLast = kGroups - 1;
 #pragma unroll
-      for (int band = 0; band < S::kBands; ++band) {
-        const float low = scale_of<T>(slot.scales[band][half][0], is_bf16);
-        const float high = scale_of<T>(slot.scales[band][half][1], is_bf16);
+    for (int band = 0; band < S::kBands; ++band) {
+      const float low = scale_of<T>(slot.scales[half * kLast][band][0], is_bf16);
+      const float high = scale_of<T>(slot.scales[half * kLast][band][1], is_bf16);
 #pragma unroll
-        for (int j = 0; j < S::kTiles; ++j) {
+      for (int j = 0; j < S::kTiles; ++j) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            total[band].v[j][i] += (i < 2 ? low : high) * group[band].v[j][i];
-            group[band].v[j][i] = 0.0f;
-          }
+        for (int i = 0; i < 4; ++i) {
+          const float other = kChains == 2 ? chains[0][band].v[j][i] : 0.0f;
+          total[band].v[j][i] += (i < 2 ? low : high) * (group[band].v[j][i] + other);
+          group[band].v[j][i] = 0.0f;
         }
       }
     }
@@ -310,26 +282,34 @@ __device__ __forceinline__ void multiply_tile(const Slot<kBits, S::kBands>& slot
 
 // --- the end of a band: sums of all warps, and of all blocks of a cluster ---------------------------
 
-// Fragment p of the sums is added up by block p % blocks, there by warp p / blocks (rotated, so
-// that not one warp always has the work). [place of p][warp of any block][lane]
-template <typename S, typename T>
-__device__ __forceinline__ void finish_band(const Call<T>& call,
-                                            const Accumulators<S::kTiles> (&total)[S::kBands],
-                                            int64_t band, int cluster, int turn, float4* sums) {
+// Part p of the sums (a band and 8 rows of x) is added up in block p % cluster of the cluster.
+// [place of p there][warp of the cluster][lane]
+template <typename S>
+__device__ __forceinline__ void share_sums(const Accumulators<S::kTiles> (&total)[S::kBands],
+                                           int cluster, float4* sums) {
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const int rank = static_cast<int>(cluster_rank());
-  const int sources = cluster * S::kWarps;
+  float4* const mine = sums + (cluster_rank() * S::kWarps + warp) * kWarpSize + lane;
 #pragma unroll
   for (int p = 0; p < S::kParts; ++p) {
     const float(&v)[4] = total[p / S::kTiles].v[p % S::kTiles];
-    float4* const place =
-        sums + ((p / cluster) * sources + rank * S::kWarps + warp) * kWarpSize + lane;
-    store_to_block(place, {v[0], v[1], v[2], v[3]}, p % cluster, cluster);
+    store_to_block(mine + p / cluster * cluster * S::kThreads, {v[0], v[1], v[2], v[3]},
+                   p % cluster, cluster);
   }
-  cluster_barrier(cluster);
-  const int mine = (warp + turn) % S::kWarps;
-  for (int place = mine; place * cluster + rank < S::kParts; place += S::kWarps) {
+}
+
+// Out of line: it stands in the unrolled loop as often as there are slots, and code that is run
+// once a band must not push the rest out of the instruction caches.
+template <typename S, typename T>
+__device__ __noinline__ void finish_parts(const Call<T>& call, int cluster, int band, int turn,
+                                          const float4* sums) {
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int rank = static_cast<int>(cluster_rank());
+  const int sources = cluster * S::kWarps;
+  // Turn by turn another warp has the work.
+  for (int place = (warp + turn) % S::kWarps; place * cluster + rank < S::kParts;
+       place += S::kWarps) {
     float sum[4] = {};
+#pragma unroll 4
     for (int source = 0; source < sources; ++source) {
       const float4 v = sums[(place * sources + source) * kWarpSize + lane];
       sum[0] += v.x;
@@ -337,21 +317,23 @@ __device__ __forceinline__ void finish_band(const Call<T>& call,
       sum[2] += v.z;
       sum[3] += v.w;
     }
+#pragma unroll
+    for (float& s : sum) s *= 1.0f / Fraction<T>::kValue;
     const int p = place * cluster + rank;
-    const int64_t row = (band + p / S::kTiles) * kBand + lane / 4;
-    const int m = p % S::kTiles * 8 + lane % 4 * 2;
+    const int64_t row = int64_t{band + p / S::kTiles} * kBand + lane / 4;
     const int64_t columns = call.columns();
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      if (m + i >= call.problem.m) break;
-      T* const out = call.out + (m + i) * columns;
+      const int64_t m = p % S::kTiles * 8 + lane % 4 * 2 + i;
+      if (m >= call.problem.m) break;
+      T* const out = call.out + m * columns;
       const float low = call.biased(sum[i], row), high = call.biased(sum[i + 2], row + 8);
       if (call.swiglu) {
         const int64_t column = swiglu_column(row);
-        if (column < columns) out[column] = call.finished(swiglu(low, high), m + i, column);
+        if (column < columns) out[column] = call.finished(swiglu(low, high), m, column);
       } else {
-        if (row < columns) out[row] = call.finished(low, m + i, row);
-        if (row + 8 < columns) out[row + 8] = call.finished(high, m + i, row + 8);
+        if (row < columns) out[row] = call.finished(low, m, row);
+        if (row + 8 < columns) out[row + 8] = call.finished(high, m, row + 8);
       }
     }
   }
@@ -359,53 +341,55 @@ __device__ __forceinline__ void finish_band(const Call<T>& call,
 
 // --- the kernel -------------------------------------------------------------------------------------
 
-template <int kBits, typename S, typename T>
+template <int kBits, typename S, int kGroups, typename T>
 __global__ void __launch_bounds__(S::kThreads, S::kBlocksPerSm)
-    decode_kernel(const Call<T> call, const Walk walk) {
+    decode_kernel(const __grid_constant__ Call<T> call, const __grid_constant__ Walk walk) {
   GRACE_DYNAMIC_SHARED(shared);
-  const Problem& p = call.problem;
-  const int warp = threadIdx.x / kWarpSize;
-  const Split split(static_cast<int>(p.k_tiles), walk.cluster);
-  float4* const sums = reinterpret_cast<float4*>(shared);  // twice, in turns
-  uint4* const x = reinterpret_cast<uint4*>(shared + 2 * S::kSumBytes);
-
-  const int tiles = split.last - split.first;
-  const int first = split.first + tiles * warp / S::kWarps;
-  const int last = split.first + tiles * (warp + 1) / S::kWarps;
-  const int64_t step = int64_t{gridDim.x} / walk.cluster * S::kBands;
-  const int64_t first_band = int64_t{blockIdx.x} / walk.cluster * S::kBands;
-  const int64_t bands = p.n_tiles * (kTile / kBand);
+  const int warp = threadIdx.x / kWarpSize, rank = static_cast<int>(cluster_rank());
+  const int block_first = walk.k_tiles * rank / walk.cluster;
+  const int tiles = walk.k_tiles * (rank + 1) / walk.cluster - block_first;
+  const int first = block_first + tiles * warp / S::kWarps;
+  const int last = block_first + tiles * (warp + 1) / S::kWarps;
+  const int step = static_cast<int>(gridDim.x) / walk.cluster * S::kBands;
+  int band = static_cast<int>(blockIdx.x) / walk.cluster * S::kBands;
 
   constexpr int kAhead = S::kAhead * 4 / kBits;  // the same bytes whatever the width
-  Slot<kBits, S::kBands> slots[kAhead];
-  Loader<kBits, S::kBands> loader(p, call.qweight, call.scales, walk, first, last, first_band,
-                                  step);
+  Slot<kBits, S::kBands, kGroups> slots[kAhead];
+  Loader<kBits, S::kBands, kGroups> loader(walk, call.qweight, call.scales.data, first, last, band,
+                                           step);
 #pragma unroll
   for (int i = 0; i < kAhead; ++i) loader.next(slots[i]);
 
   wait_for_previous_kernel();
-  load_x<S::kTiles, S::kThreads>(call, split, x);
+  const int sum_bytes = S::sum_bytes(walk.cluster);
+  float4* const sums = reinterpret_cast<float4*>(shared);  // twice, in turns
+  uint4* const x = reinterpret_cast<uint4*>(shared + 2 * sum_bytes);
+  load_x<S::kTiles, S::kThreads>(call.x, walk, block_first, tiles, x);
   cluster_barrier(walk.cluster);  // also: every block runs before another writes to it
 
+  constexpr int kXTile = S::kTiles * 2 * kWarpSize;
+  const uint4* const first_x = x + (first - block_first) * kXTile;
+  const uint4* tile_x = first_x;
   Accumulators<S::kTiles> total[S::kBands];
-  int64_t band = first_band;
   int tile = first, turn = 0;
-  while (band < bands) {
+  while (band < walk.bands) {
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
-      if (band >= bands) break;
-      multiply_tile<kBits, S, T>(slots[i], x + (tile - split.first) * S::kTiles * 2 * kWarpSize,
-                                 static_cast<int>(p.m), walk.two_groups, call.scales.is_bf16,
-                                 total);
+      multiply_tile<kBits, S, kGroups, T>(slots[i], tile_x, walk.m, call.scales.is_bf16, total);
       loader.next(slots[i]);
+      tile_x += kXTile;
       if (++tile == last) {
-        finish_band<S>(call, total, band, walk.cluster, turn,
-                       sums + turn % 2 * (S::kSumBytes / 16));
+        float4* const here = sums + turn % 2 * (sum_bytes / 16);
+        share_sums<S>(total, walk.cluster, here);
+        cluster_barrier(walk.cluster);
+        finish_parts<S>(call, walk.cluster, band, turn, here);
 #pragma unroll
         for (int b = 0; b < S::kBands; ++b) total[b] = {};
         tile = first;
+        tile_x = first_x;
         band += step;
         ++turn;
+        if (band >= walk.bands) break;
       }
     }
   }
@@ -481,15 +465,16 @@ constexpr int kVariants = 7 * 4;
 
 template <typename S>
 int64_t shared_bytes(const Problem& p, int cluster) {
-  return 2 * S::kSumBytes + ceil_div<int64_t>(p.k_tiles, cluster) * S::kTiles * kXTileBytes;
+  return 2 * S::sum_bytes(cluster) + ceil_div<int64_t>(p.k_tiles, cluster) * S::kTiles * kXTileBytes;
 }
 
 template <typename S, typename T>
 bool fits(const Call<T>& call, int cluster, const Device& device) {
   const Problem& p = call.problem;
   const bool groups = p.group_size % kTile == 0 || p.group_size == kTile / 2;
-  return p.m <= S::kTiles * 8 && groups && !call.scales.is_float &&
-         p.k_tiles < 1 << 16 && p.k_tiles >= int64_t{cluster} * S::kWarps &&
+  const bool aligned = p.k % (kTile / 2) == 0 && reinterpret_cast<uintptr_t>(call.x) % 4 == 0;
+  return p.m <= S::kTiles * 8 && groups && aligned && !call.scales.is_float &&
+         p.k_tiles < 1 << 16 && (call.scales.is_bf16 || std::is_same_v<T, fp16>)&& p.k_tiles >= int64_t{cluster} * S::kWarps &&
          (cluster == 1 || device.capability >= 90) &&
          shared_bytes<S>(p, cluster) * S::kBlocksPerSm + 1024 * (S::kBlocksPerSm - 1) <=
              device.shared_bytes;
@@ -499,16 +484,27 @@ template <int kBits, typename S, typename T>
 void launch_decode(const Call<T>& call, int cluster, int device) {
   const Problem& p = call.problem;
   const Device& d = Device::of(device);
-  const int64_t steps = p.n_tiles * (kTile / kBand) / S::kBands;
+  const auto i = [](int64_t x) { return static_cast<int>(x); };
+  const int64_t bands = p.n_tiles * (kTile / kBand);
+  const Walk walk{i(p.m),
+                  i(p.k),
+                  i(p.k_tiles),
+                  i(bands),
+                  i(p.groups()),
+                  i(call.scales.stride),
+                  cluster,
+                  i(std::max<int64_t>(1, p.group_size / kTile))};
   const int64_t most = d.processors * S::kBlocksPerSm / cluster;
-  const auto clusters = static_cast<unsigned>(std::min(steps, most));
-  const Walk walk{cluster, Divider::of(std::max<int64_t>(1, p.group_size / kTile)),
-                  p.group_size < kTile};
+  const auto clusters = static_cast<unsigned>(std::min(bands / S::kBands, most));
   LaunchShape shape{clusters * cluster, S::kThreads,
                     static_cast<size_t>(shared_bytes<S>(p, cluster))};
   shape.dependent = d.capability >= 90;
   shape.cluster = static_cast<unsigned>(cluster);
-  launch(decode_kernel<kBits, S, T>, shape, device, call, walk);
+  if (p.group_size < kTile) {
+    launch(decode_kernel<kBits, S, 2, T>, shape, device, call, walk);
+  } else {
+    launch(decode_kernel<kBits, S, 1, T>, shape, device, call, walk);
+  }
 }
 
 }  // namespace
