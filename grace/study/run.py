@@ -1,7 +1,7 @@
 """Run a study: draw, let the teacher look once, run the arms, gather study.json.
 
 On a CPU arms run in as many processes as there are cores, with one thread each: two processes of
-one thread do more than one of two. On a GPU they run one after the other.
+one thread do more than one of two. On a GPU small models share it and large ones take turns.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ STUDY = "study.json"
 LEAST_AGREEMENT = 0.995
 # Steps of progress that scoring counts for, beside an arm's training steps.
 _SCORING_STEPS = 40
+_SMALL_BYTES = 64 * 2**20  # of both models' weights: they leave a GPU nearly idle
+_MOST_ON_GPU = 8  # processes with small models: each holds a CUDA context
 
 
 def run_study(
@@ -118,11 +120,26 @@ def _run_tasks(tasks: Sequence[Task], progress: Progress) -> list[dict[str, Any]
     left = sorted((task for task in tasks if task not in done), key=_length, reverse=True)
     for task in left:
         shutil.rmtree(task.folder, ignore_errors=True)
-    if left and left[0].device == "cpu":
-        done |= _in_processes(left, progress)
+    processes = min(len(left), _processes(left[0])) if left else 0
+    if processes > 1 or (left and left[0].device == "cpu"):
+        done |= _in_processes(left, processes, progress)
     else:
         done |= _in_sequence(left, progress)
     return [done[task] for task in tasks]
+
+
+def _processes(task: Task) -> int:
+    """How many arms run at once.
+
+    On a GPU a small model's steps are launches that hardly load it, so that arms side by side take
+    little longer than one; a large model has the GPU for itself.
+    """
+    if task.device == "cpu":
+        return cores()
+    folders = (worker.model_dir(task.config, which) for which in ("teacher", "student"))
+    weights = [path for folder in folders for path in folder.glob("*.safetensors")]
+    small = sum(path.stat().st_size for path in weights) < _SMALL_BYTES
+    return min(cores(), _MOST_ON_GPU) if small else 1
 
 
 def units(config: StudyConfig, arms: Sequence[Arm]) -> int:
@@ -146,10 +163,12 @@ def _in_sequence(tasks: Sequence[Task], progress: Progress) -> dict[Task, dict[s
     return results
 
 
-def _in_processes(tasks: Sequence[Task], progress: Progress) -> dict[Task, dict[str, Any]]:
+def _in_processes(
+    tasks: Sequence[Task], processes: int, progress: Progress
+) -> dict[Task, dict[str, Any]]:
     """All tasks in a pool; progress is read from the metrics that running arms write."""
     results: dict[Task, dict[str, Any]] = {}
-    with worker_pool(min(len(tasks), cores())) as pool:
+    with worker_pool(processes) as pool:
         futures: dict[Future, Task] = {pool.submit(worker.run_arm, task): task for task in tasks}
         for task in tasks:
             progress.start(task.folder.name, _length(task))
