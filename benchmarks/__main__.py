@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import json
 import pkgutil
+import time
+from collections import Counter
 from typing import Annotated
 
 import torch
@@ -12,7 +13,9 @@ import typer
 
 import benchmarks
 from benchmarks import results
-from benchmarks.harness import Benchmark, measure_ceiling, run
+from benchmarks.harness import Benchmark, Ceiling, Selection, measure_ceiling, run
+
+_SECONDS_BETWEEN_COPIES = 10.0
 
 
 def available() -> list[str]:
@@ -28,6 +31,50 @@ def load(name: str) -> Benchmark:
     return importlib.import_module(f"benchmarks.bench_{name}").BENCHMARK
 
 
+def selection(peers: str, where: list[str]) -> Selection:
+    """From the options: ``"bf16,marlin"`` and ``["M=1,16", "N=4096"]``."""
+    sizes = {}
+    for condition in where:
+        key, equals, values = condition.partition("=")
+        if not (key and equals and values):
+            raise typer.BadParameter(f"--where must be KEY=VALUE[,VALUE …], got {condition}")
+        sizes[key] = set(values.split(","))
+    return Selection([name for name in peers.split(",") if name], sizes)
+
+
+def run_one(
+    benchmark: Benchmark,
+    device: torch.device,
+    ceiling: Ceiling,
+    rounds: int,
+    chosen: Selection,
+    keep: bool,
+) -> list[dict]:
+    """Runs and prints a benchmark; with ``keep``, what is done is on disk every ten seconds."""
+    rows: list[dict] = []
+    copied = time.monotonic()
+    for rows_of_a_size in run(benchmark, device, ceiling, rounds, chosen):
+        rows += rows_of_a_size
+        if keep and time.monotonic() - copied > _SECONDS_BETWEEN_COPIES:
+            results.write_partial(benchmark.name, device, ceiling, rows)
+            copied = time.monotonic()
+    print(f"\n{benchmark.name} (µs, medians)\n{results.table({'rows': rows})}")
+    print(findings(rows))
+    if keep:
+        print(results.write(benchmark.name, device, ceiling, rows))
+    return rows
+
+
+def findings(rows: list[dict]) -> str:
+    """A line a peer and reason: what was absent or wrong, at how many sizes."""
+    counts: Counter[str] = Counter()
+    for row in rows:
+        for finding in ("absent", "wrong"):
+            if finding in row:
+                counts[f"{finding}: {row['side']}: {row[finding]}"] += 1
+    return "\n".join(f"{text} ({count} sizes)" for text, count in counts.items())
+
+
 def main(
     names: Annotated[
         list[str] | None, typer.Argument(help="Which; all where none is named.")
@@ -35,19 +82,19 @@ def main(
     device: Annotated[str, typer.Option(help="cuda or cpu; cuda where there is one.")] = "",
     rounds: Annotated[int, typer.Option(min=3, help="Samples a side, taken in turn.")] = 15,
     keep: Annotated[bool, typer.Option(help="Write benchmarks/results.")] = True,
+    peers: Annotated[
+        str, typer.Option(help="Sides to run beside grace, as bf16,marlin; all by default.")
+    ] = "",
+    where: Annotated[
+        list[str] | None, typer.Option(help="Only these sizes: --where M=1,16 --where N=4096.")
+    ] = None,
 ) -> None:
     """Times every op against its peers on this machine."""
     on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen = selection(peers, where or [])
     ceiling = measure_ceiling(on)
     for name in names or available():
-        rows = run(load(name), on, ceiling, rounds)
-        content = {"rows": rows}
-        print(f"\n{name} (µs, medians)\n{results.table(content)}")
-        for row in rows:
-            if "absent" in row:
-                print(f"absent: {row['side']} at {json.dumps(row['size'])}: {row['absent']}")
-        if keep:
-            print(results.write(name, on, ceiling, rows))
+        run_one(load(name), on, ceiling, rounds, chosen, keep)
 
 
 if __name__ == "__main__":

@@ -5,14 +5,16 @@ the index of a set of buffers. The harness verifies every side against the exact
 times them interleaved over rotating buffers (together larger than the last-level cache), reports
 medians and spread, the share of the floor that bytes and FLOP set, and the ratio to each side.
 On a GPU a side is timed by replaying a captured graph; sides that cannot be captured are timed by
-events round eager calls and say so.
+events round eager calls and say so. A peer that cannot run here, or whose result is wrong, is
+reported and not timed.
 """
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +23,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 Side = Callable[[int], Any]
+
+OURS = "grace"  # the side that must be there and right
+
+
+class Absent(Exception):
+    """Raised by the first call of a side that cannot run here; the text says why."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,22 @@ class Benchmark:
 
 
 @dataclass(frozen=True)
+class Selection:
+    """The part of a benchmark to run; all of it by default."""
+
+    sides: Collection[str] = ()  # beside ours; empty for all
+    sizes: Mapping[str, Collection[str]] = field(default_factory=dict)  # "M" → {"1", "16"}
+
+    def has_size(self, size: Mapping[str, Any]) -> bool:
+        """Whether every key that is selected by has one of its values here."""
+        return all(str(size.get(key)) in values for key, values in self.sizes.items())
+
+    def has_side(self, name: str) -> bool:
+        """Whether the side is to be run."""
+        return not self.sides or name == OURS or name in self.sides
+
+
+@dataclass(frozen=True)
 class Ceiling:
     """What the device can do, measured beside the sides: bytes/s of reading, FLOP/s of bf16."""
 
@@ -66,19 +90,29 @@ def buffer_sets(bytes_per_set: float, device: torch.device) -> int:
     return max(2, min(64, int(3 * cache / bytes_per_set) + 1))
 
 
-def run(benchmark: Benchmark, device: torch.device, ceiling: Ceiling, rounds: int) -> list[dict]:
-    """Rows of results, one a size and side."""
-    rows: list[dict] = []
-    for size in tqdm(benchmark.sweep[device.type], desc=benchmark.name, unit="size"):
+def run(
+    benchmark: Benchmark,
+    device: torch.device,
+    ceiling: Ceiling,
+    rounds: int,
+    selection: Selection | None = None,
+) -> Iterator[list[dict]]:
+    """The rows of results of one size after another, a row a side."""
+    chosen = selection or Selection()
+    sizes = [size for size in benchmark.sweep[device.type] if chosen.has_size(size)]
+    for size in tqdm(sizes, desc=benchmark.name, unit="size"):
         case = benchmark.setup(device, **size)
-        verify(case, f"{benchmark.name} {dict(size)}")
-        seconds = measure(case, device, rounds)
+        sides = {name: side for name, side in case.sides.items() if chosen.has_side(name)}
+        absent = {n: {"absent": why} for n, why in case.absent.items() if chosen.has_side(n)}
+        left_out = absent | verify(case, sides, f"{benchmark.name} {dict(size)}")
+        timed = {name: side for name, side in sides.items() if name not in left_out}
+        rows = [{"size": dict(size), "side": name} | why for name, why in left_out.items()]
         floor = ceiling.floor(case)
-        for side, (samples, how) in seconds.items():
-            row = _row(dict(size), side, samples, how, floor)
-            rows.append(row | peak_memory(case.sides[side], device))
-        rows.extend({"size": dict(size), "side": p, "absent": w} for p, w in case.absent.items())
-    return rows
+        for name, (samples, how) in measure(timed, case.sets, device, rounds).items():
+            row = _row(dict(size), name, samples, how, floor)
+            rows.append(row | peak_memory(timed[name], device))
+        _free_graphs(device)
+        yield rows
 
 
 def peak_memory(side: Side, device: torch.device) -> dict[str, float]:
@@ -114,23 +148,40 @@ def _quartiles(samples: list[float]) -> tuple[float, float]:
     return quartiles[0], quartiles[2]
 
 
-def verify(case: Case, what: str) -> None:
-    """Raises ValueError where a side's result is not the exact one to the case's tolerance."""
+def verify(case: Case, sides: Mapping[str, Side], what: str) -> dict[str, dict[str, str]]:
+    """Peers to leave out: ``{"absent": why}`` or ``{"wrong": how far off}``.
+
+    Raises ValueError where our own result is not the exact one to the case's tolerance.
+    """
     exact = case.exact().double()
-    for name, side in case.sides.items():
-        actual = side(0)
-        actual = actual[0] if isinstance(actual, tuple) else actual
-        error = ((actual.double() - exact).norm() / exact.norm().clamp_min(1e-300)).item()
-        if not error <= case.tolerance:
-            raise ValueError(
-                f"{what}: {name} must be within {case.tolerance:g} of the exact result, "
-                f"got {error:g}"
-            )
+    left_out: dict[str, dict[str, str]] = {}
+    for name, side in sides.items():
+        try:
+            actual = side(0)
+        except Absent as reason:
+            left_out[name] = {"absent": str(reason)}
+            continue
+        error = relative_error(actual[0] if isinstance(actual, tuple) else actual, exact)
+        if error <= case.tolerance:
+            continue
+        finding = f"must be within {case.tolerance:g} of the exact result, got {error:g}"
+        if name == OURS:
+            raise ValueError(f"{what}: {name} {finding}")
+        left_out[name] = {"wrong": finding}
+    return left_out
 
 
-def measure(case: Case, device: torch.device, rounds: int) -> dict[str, tuple[list[float], str]]:
+def relative_error(actual: Tensor, exact: Tensor) -> float:
+    """‖actual − exact‖ / ‖exact‖, in exact's dtype; NaN where ``actual`` holds one."""
+    scale = exact.norm().clamp_min(torch.finfo(exact.dtype).tiny)
+    return ((actual.to(exact.dtype) - exact).norm() / scale).item()
+
+
+def measure(
+    sides: Mapping[str, Side], sets: int, device: torch.device, rounds: int
+) -> dict[str, tuple[list[float], str]]:
     """Seconds a call of each side: ``rounds`` samples, taken in turn."""
-    timers = {name: _timer(side, case.sets, device) for name, side in case.sides.items()}
+    timers = {name: _timer(side, sets, device) for name, side in sides.items()}
     samples: dict[str, list[float]] = {name: [] for name in timers}
     for _ in range(rounds):
         for name, (sample, _how) in timers.items():
@@ -144,7 +195,7 @@ def _timer(side: Side, sets: int, device: torch.device) -> tuple[Callable[[], fl
     if device.type == "cpu":
         return _cpu_timer(side, sets), "wall clock"
     try:
-        return _graph_timer(side, sets), "graph replay"
+        return graph_timer(side, sets), "graph replay"
     except RuntimeError:
         torch.cuda.synchronize()
         return _eager_timer(side, sets), "eager calls"
@@ -165,7 +216,8 @@ def _cpu_timer(side: Side, sets: int) -> Callable[[], float]:
     return sample
 
 
-def _between_events(work: Callable[[], None], calls: int) -> float:
+def between_events(work: Callable[[], Any], calls: int) -> float:
+    """Seconds of GPU time a call, of ``work`` that makes so many."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     work()
@@ -174,18 +226,41 @@ def _between_events(work: Callable[[], None], calls: int) -> float:
     return start.elapsed_time(end) / 1e3 / calls
 
 
-def _graph_timer(side: Side, sets: int) -> Callable[[], float]:
-    stream = torch.cuda.Stream()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(stream):
-        side(0)
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph, stream=stream):
-        for i in range(sets):
-            side(i)
+def graph_timer(side: Side, sets: int) -> Callable[[], float]:
+    """Captures a call on each set of buffers; what is returned replays them and times a call."""
+    graph = _captured(side, sets)
     graph.replay()
     torch.cuda.synchronize()
-    return lambda: _between_events(graph.replay, sets)
+    return lambda: between_events(graph.replay, sets)
+
+
+def _captured(side: Side, sets: int) -> torch.cuda.CUDAGraph:
+    """As ``torch.cuda.graph`` does, which also empties the allocator's cache: far more than a
+    sample takes."""
+    graph, stream = torch.cuda.CUDAGraph(), _capture_stream(torch.cuda.current_device())
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        side(0)
+        torch.cuda.synchronize()
+        graph.capture_begin()
+        try:
+            for i in range(sets):
+                side(i)
+        finally:
+            graph.capture_end()
+    torch.cuda.synchronize()
+    return graph
+
+
+@functools.cache
+def _capture_stream(device: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def _free_graphs(device: torch.device) -> None:
+    """Gives back the memory of graphs that are gone."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _eager_timer(side: Side, sets: int) -> Callable[[], float]:
@@ -193,7 +268,7 @@ def _eager_timer(side: Side, sets: int) -> Callable[[], float]:
         for i in range(sets):
             side(i)
 
-    return lambda: _between_events(work, sets)
+    return lambda: between_events(work, sets)
 
 
 def measure_ceiling(device: torch.device) -> Ceiling:

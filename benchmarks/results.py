@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -35,15 +36,20 @@ def _cpu_model() -> str:
 
 def environment(device: torch.device, ceiling: Ceiling) -> dict:
     """Versions, device and measured ceilings of a run."""
+    return versions(device) | {
+        "read_gb_per_s": round(ceiling.bytes_per_second / 1e9, 1),
+        "matmul_tflop_per_s": round(ceiling.flops_per_second / 1e12, 2),
+    }
+
+
+def versions(device: torch.device) -> dict:
+    """What a measurement was made on, and of what code."""
     facts = {
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "commit": _git("rev-parse", "HEAD"),
-        "uncommitted": _git(*_CHANGES) != "",
-        "read_gb_per_s": round(ceiling.bytes_per_second / 1e9, 1),
-        "matmul_tflop_per_s": round(ceiling.flops_per_second / 1e12, 2),
+        **_commit(),
     }
     if device.type == "cuda":
         facts["cuda"] = torch.version.cuda
@@ -51,29 +57,63 @@ def environment(device: torch.device, ceiling: Ceiling) -> dict:
     return facts
 
 
-def _git(*arguments: str) -> str:
-    here = Path(__file__).parent
-    done = subprocess.run(
-        ["git", *arguments], cwd=here, capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip() if done.returncode == 0 else "unknown"
+def _commit() -> dict[str, str | bool]:
+    """Of the code measured; ``GRACE_COMMIT`` names it where a tree was copied without its git."""
+    if (named := os.environ.get("GRACE_COMMIT", "")) != "":
+        return {"commit": named, "uncommitted": False}
+    return {
+        "commit": _output("git", "rev-parse", "HEAD") or "unknown",
+        "uncommitted": _output("git", *_CHANGES) != "",
+    }
 
 
 def _driver() -> str:
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    done = subprocess.run(query, capture_output=True, text=True, check=False)
-    return done.stdout.strip().splitlines()[0] if done.returncode == 0 else "unknown"
+    query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return (_output(*query) or "unknown").splitlines()[0]
+
+
+def _output(*command: str) -> str | None:
+    """What a command prints; None where it fails or does not exist."""
+    try:
+        done = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def write(name: str, device: torch.device, ceiling: Ceiling, rows: list[dict]) -> Path:
     """Writes ``results/<device>/<name>.json``, whole or not at all."""
-    path = ROOT / device_name(device) / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".tmp")
+    path = _path(name, device)
     content = {"benchmark": name, "environment": environment(device, ceiling), "rows": rows}
-    beside.write_text(json.dumps(content, indent=1) + "\n")
-    beside.replace(path)
+    write_whole(path, json.dumps(content, indent=1) + "\n")
+    _partial(path).unlink(missing_ok=True)
     return path
+
+
+def write_partial(name: str, device: torch.device, ceiling: Ceiling, rows: list[dict]) -> Path:
+    """Writes what a run has so far to ``<name>.partial.json``, which no table reads."""
+    path = _partial(_path(name, device))
+    content = {"benchmark": name, "environment": environment(device, ceiling), "rows": rows}
+    write_whole(path, json.dumps(content) + "\n")
+    return path
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file so that it is never there in part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(text)
+    beside.replace(path)
+
+
+def _path(name: str, device: torch.device) -> Path:
+    return ROOT / device_name(device) / f"{name}.json"
+
+
+def _partial(path: Path) -> Path:
+    return path.with_suffix(".partial.json")
 
 
 def table(content: dict) -> str:

@@ -1,0 +1,202 @@
+"""``python -m benchmarks.tune_dequant_gemm``: measures which plan of dequant_gemm is the fastest.
+
+For every layer and number of rows, each plan that runs the call is checked against the exact result
+and timed by graph replay over weights that no cache holds: once, and again in turn with the others
+if it was within 15 % of the fastest. The fastest plans become the rows of
+``grace/ops/dequant_gemm_plans/<device>.json``, from which the op chooses. A row holds for up to
+``m`` rows of x; the last one of a layer for any more.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import torch
+import typer
+from torch import Tensor
+from tqdm import tqdm
+
+from benchmarks import results
+from benchmarks.harness import between_events, graph_timer, relative_error
+from benchmarks.layers import GROUP, SHAPES, RandomLayer, Shape, shapes_of
+from grace.ops import dequant_gemm
+from grace.ops.dequant_gemm import plans
+
+BUCKETS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048, 4096)
+TOLERANCE = 5e-3  # of ‖result − exact‖ / ‖exact‖; rounding to bfloat16 alone makes 1.7e-3
+CLOSE = 1.15  # plans within this factor of the fastest are timed again
+HOPELESS = 3.0  # times the fastest so far, in a single call: not captured
+FAMILY = 100  # a plan is FAMILY · family + variant; family 0 runs anything, slowly
+
+FOLDER = Path(__file__).parents[1] / "grace/ops/dequant_gemm_plans"
+
+Sample = Callable[[], float]  # seconds of a call
+
+
+class Finding(NamedTuple):
+    """The fastest plan for one layer and number of rows; plans whose result was wrong."""
+
+    bits: int
+    shape: Shape
+    m: int
+    plan: int
+    seconds: float
+    candidates: int
+    wrong: list[int]
+
+    def row(self) -> dict[str, float]:
+        """As the table keeps it."""
+        us = round(self.seconds * 1e6, 3)
+        n, k = self.shape
+        return {"bits": self.bits, "n": n, "k": k, "m": self.m, "plan": self.plan, "us": us}
+
+
+def choose(samplers: Mapping[int, Sample], rounds: int = 5) -> tuple[int, float]:
+    """The plan with the least median time; only those that start close to the best are repeated."""
+    if not samplers:
+        raise ValueError("tune: samplers must hold at least one plan, got none")
+    first = {plan: sample() for plan, sample in samplers.items()}
+    limit = CLOSE * min(first.values())
+    times: dict[int, list[float]] = {plan: [] for plan, time in first.items() if time <= limit}
+    for _ in range(rounds):
+        for plan, samples in times.items():
+            samples.append(samplers[plan]())
+    medians = {plan: statistics.median(samples) for plan, samples in times.items()}
+    best = min(medians, key=lambda plan: medians[plan])
+    return best, medians[best]
+
+
+def runnable(plans: Iterable[int]) -> list[int]:
+    """Those worth timing: the family that runs anything only where nothing else does."""
+    every = list(plans)
+    return [plan for plan in every if plan >= FAMILY] or every
+
+
+class Call:
+    """dequant_gemm with one layer and one x, by plan."""
+
+    def __init__(self, layer: RandomLayer, m: int):
+        self.layer, self.m = layer, m
+        self.x = torch.randn(m, layer.shape.k, device=layer.device, dtype=layer.dtype)
+        self.exact = (self.x.double() @ layer.exact.t()).float()
+
+    def plans(self) -> list[int]:
+        """Numbers of the plans that run this call."""
+        layer = self.layer
+        return runnable(plans(self.x, *layer.packed[0], layer.bits, GROUP, layer.shape.n))
+
+    def result(self, plan: int, i: int) -> Tensor:
+        """With weights of set i."""
+        layer = self.layer
+        shape = {"bits": layer.bits, "group_size": GROUP, "out_features": layer.shape.n}
+        return dequant_gemm(self.x, *layer.packed[i % layer.sets], **shape, plan=plan)
+
+    def is_right(self, plan: int) -> bool:
+        """Whether the plan's result is the exact one to TOLERANCE."""
+        return relative_error(self.result(plan, 0), self.exact) <= TOLERANCE
+
+
+def samplers_of(call: Call, plans: Sequence[int]) -> tuple[dict[int, Sample], list[int]]:
+    """A timer a plan, without those that one call shows to be far off; plans that are wrong."""
+    samplers: dict[int, Sample] = {}
+    wrong: list[int] = []
+    fastest = float("inf")
+    for plan in plans:
+        if not call.is_right(plan):
+            wrong.append(plan)
+            continue
+        once = between_events(lambda plan=plan: call.result(plan, 1), 1)
+        if once > HOPELESS * fastest + 1e-4:  # 0.1 ms: what launching one call may take
+            continue
+        sample = graph_timer(lambda i, plan=plan: call.result(plan, i), call.layer.calls(call.m))
+        fastest = min(fastest, sample())
+        samplers[plan] = sample
+    return samplers, wrong
+
+
+def tune(layer: RandomLayer, m: int) -> Finding:
+    """The fastest plan of a layer for m rows of x."""
+    call = Call(layer, m)
+    plans = call.plans()
+    samplers, wrong = samplers_of(call, plans)
+    plan, seconds = choose(samplers)
+    del samplers
+    torch.cuda.empty_cache()  # of the graphs' memory
+    return Finding(layer.bits, layer.shape, m, plan, seconds, len(plans), wrong)
+
+
+def merged(old: Iterable[dict], new: Iterable[dict]) -> list[dict]:
+    """Rows in order; layers that were measured anew replace what was known of them."""
+    fresh = list(new)
+    measured = {(row["bits"], row["n"], row["k"]) for row in fresh}
+    kept = [row for row in old if (row["bits"], row["n"], row["k"]) not in measured]
+    return sorted(kept + fresh, key=lambda row: (row["bits"], row["n"], row["k"], row["m"]))
+
+
+def as_text(content: Mapping[str, object], rows: Sequence[dict]) -> str:
+    """JSON with a line a row, so that a change shows what changed."""
+    head = json.dumps(dict(content), indent=1, ensure_ascii=False)[:-2]
+    lines = ",\n".join("  " + json.dumps(row) for row in rows)
+    return f'{head},\n "rows": [\n{lines}\n ]\n}}\n'
+
+
+def write(path: Path, device: torch.device, new: Sequence[dict]) -> None:
+    """Adds to the table of this device, which is replaced whole."""
+    name = torch.cuda.get_device_name(device)
+    old = json.loads(path.read_text()) if path.exists() else {"device": name, "rows": []}
+    if old["device"] != name:
+        raise ValueError(f"tune: {path} must be of {name}, got {old['device']}")
+    content = {
+        "device": name,
+        "group_size": GROUP,
+        "dtype": "bfloat16",
+        "environment": results.versions(device),
+    }
+    results.write_whole(path, as_text(content, merged(old["rows"], new)))
+
+
+def main(
+    layers: Annotated[
+        str, typer.Option(help="NxK, with commas between; those of the benchmarks by default.")
+    ] = "",
+    bits: Annotated[str, typer.Option(help="4, 8, or 4,8.")] = "4",
+    m: Annotated[str, typer.Option(help="Upper bounds of the numbers of rows of x.")] = "",
+    into: Annotated[Path | None, typer.Option(help="File to write instead of the op's.")] = None,
+) -> None:
+    """Measures the fastest plan for each layer and number of rows, and writes the op's table."""
+    if not torch.cuda.is_available():
+        raise typer.BadParameter("tuning needs a GPU")
+    device = torch.device("cuda")
+    shapes = shapes_of(layers.split(",")) if layers else SHAPES
+    buckets = [int(text) for text in m.split(",")] if m else BUCKETS
+    path = into or FOLDER / f"{results.device_name(device)}.json"
+    findings: list[Finding] = []
+    widths = [int(text) for text in bits.split(",")]
+    with tqdm(total=len(widths) * len(shapes) * len(buckets), desc="plans", unit="call") as bar:
+        for width, shape in ((width, shape) for width in widths for shape in shapes):
+            layer = RandomLayer(device, shape, width)
+            for rows in buckets:
+                findings.append(tune(layer, rows))
+                bar.set_postfix_str(f"{width} bits {shape} M={rows}", refresh=False)
+                bar.update()
+            print(summary(findings[-len(buckets) :]), flush=True)
+    write(path, device, [finding.row() for finding in findings])
+    print(path)
+
+
+def summary(findings: Sequence[Finding]) -> str:
+    """A layer on one line: rows, plan and µs; then wrong plans, if any."""
+    first = findings[0]
+    best = "  ".join(f"{f.m}:{f.plan} {f.seconds * 1e6:.1f}" for f in findings)
+    wrong = sorted({plan for f in findings for plan in f.wrong})
+    counts = max(f.candidates for f in findings)
+    text = f"{first.bits} bits {first.shape}, up to {counts} plans: {best}"
+    return f"{text}\nWRONG RESULTS, left out: plans {wrong}" if wrong else text
+
+
+if __name__ == "__main__":
+    typer.run(main)

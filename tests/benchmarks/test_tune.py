@@ -1,0 +1,70 @@
+"""The tuner's choice among plans, and the table it writes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+from benchmarks.layers import Shape
+from benchmarks.tune_dequant_gemm import Finding, as_text, choose, merged, runnable
+
+
+class FakeTimes:
+    """Plans with given times, counted as they are asked for."""
+
+    def __init__(self, **times: list[float]):
+        self.asked = {int(plan[1:]): 0 for plan in times}
+        self._times = {int(plan[1:]): itertools.cycle(t) for plan, t in times.items()}
+
+    def samplers(self):
+        return {plan: lambda plan=plan: self._sample(plan) for plan in self.asked}
+
+    def _sample(self, plan):
+        self.asked[plan] += 1
+        return next(self._times[plan])
+
+
+def test_the_fastest_median_wins_though_another_started_faster():
+    # p200's first sample is the best of all, its median is not.
+    times = FakeTimes(p100=[5.0], p200=[1.0, 1.3, 1.3, 1.3, 1.3, 1.3], p201=[1.1])
+    assert choose(times.samplers()) == (201, 1.1)
+
+
+def test_plans_far_from_the_best_are_timed_once():
+    times = FakeTimes(p100=[5.0], p200=[1.0], p300=[1.16])
+    choose(times.samplers(), rounds=3)
+    assert times.asked == {100: 1, 200: 4, 300: 1}
+
+
+def test_no_plan_is_an_error():
+    with pytest.raises(ValueError, match="at least one plan"):
+        choose({})
+
+
+def test_the_slow_family_is_timed_only_where_nothing_else_runs():
+    assert runnable([0, 100, 203]) == [100, 203]
+    assert runnable([0]) == [0]
+
+
+def _row(n, m, plan):
+    return Finding(4, Shape(n, 4096), m, plan, 1e-5, 3, []).row()
+
+
+def test_a_layer_measured_anew_replaces_all_its_rows_and_no_other():
+    old = [_row(4096, 1, 200), _row(4096, 64, 300), _row(2048, 1, 201)]
+    new = [_row(4096, 16, 202)]
+    assert merged(old, new) == [old[2], new[0]]
+
+
+def test_the_table_is_json_with_a_line_a_row():
+    rows = [_row(4096, 1, 200), _row(4096, 8, 201)]
+    text = as_text({"device": "NVIDIA H200", "environment": {"torch": "2.11"}}, rows)
+    assert json.loads(text) == {
+        "device": "NVIDIA H200",
+        "environment": {"torch": "2.11"},
+        "rows": rows,
+    }
+    assert [line for line in text.splitlines() if '"plan": 200' in line] == [
+        "  " + json.dumps(rows[0]) + ","
+    ]
