@@ -44,7 +44,7 @@ def environment(device: torch.device, ceiling: Ceiling) -> dict:
 
 def versions(device: torch.device) -> dict:
     """What a measurement was made on, and of what code."""
-    facts = {
+    facts: dict[str, str | int | None] = {
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

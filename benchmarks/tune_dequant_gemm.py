@@ -9,11 +9,13 @@ if it was within 15 % of the fastest. The fastest plans become the rows of
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
@@ -38,21 +40,22 @@ Sample = Callable[[], float]  # seconds of a call
 
 
 class Finding(NamedTuple):
-    """The fastest plan for one layer and number of rows; plans whose result was wrong."""
+    """The fastest plan for one layer and number of rows, and plans whose result was wrong."""
 
     bits: int
     shape: Shape
     m: int
-    plan: int
-    seconds: float
+    best: tuple[int, float] | None  # plan and seconds; None where every plan was wrong
     candidates: int
-    wrong: list[int]
+    faults: dict[int, str]
 
-    def row(self) -> dict[str, float]:
-        """As the table keeps it."""
-        us = round(self.seconds * 1e6, 3)
-        n, k = self.shape
-        return {"bits": self.bits, "n": n, "k": k, "m": self.m, "plan": self.plan, "us": us}
+    def rows(self) -> list[dict[str, float]]:
+        """As the table keeps it: one row, or none."""
+        if self.best is None:
+            return []
+        (n, k), (plan, seconds) = self.shape, self.best
+        us = round(seconds * 1e6, 3)
+        return [{"bits": self.bits, "n": n, "k": k, "m": self.m, "plan": plan, "us": us}]
 
 
 def choose(samplers: Mapping[int, Sample], rounds: int = 5) -> tuple[int, float]:
@@ -92,49 +95,63 @@ class Call:
     def result(self, plan: int, i: int) -> Tensor:
         """With weights of set i."""
         layer = self.layer
-        shape = {"bits": layer.bits, "group_size": GROUP, "out_features": layer.shape.n}
-        return dequant_gemm(self.x, *layer.packed[i % layer.sets], **shape, plan=plan)
+        weight, scales = layer.packed[i % layer.sets]
+        return dequant_gemm(
+            self.x,
+            weight,
+            scales,
+            bits=layer.bits,
+            group_size=GROUP,
+            out_features=layer.shape.n,
+            plan=plan,
+        )
 
-    def is_right(self, plan: int) -> bool:
-        """Whether the plan's result is the exact one to TOLERANCE."""
-        return relative_error(self.result(plan, 0), self.exact) <= TOLERANCE
+    def fault(self, plan: int) -> str:
+        """What is wrong with the plan's result; "" where it is the exact one to TOLERANCE."""
+        try:
+            error = relative_error(self.result(plan, 0), self.exact)
+        except RuntimeError as failure:  # of a launch
+            return str(failure).splitlines()[0]
+        return "" if error <= TOLERANCE else f"error {error:g}"
 
 
-def samplers_of(call: Call, plans: Sequence[int]) -> tuple[dict[int, Sample], list[int]]:
+def samplers_of(call: Call, numbers: Sequence[int]) -> tuple[dict[int, Sample], dict[int, str]]:
     """A timer a plan, without those that one call shows to be far off; plans that are wrong."""
     samplers: dict[int, Sample] = {}
-    wrong: list[int] = []
+    faults: dict[int, str] = {}
     fastest = float("inf")
-    for plan in plans:
-        if not call.is_right(plan):
-            wrong.append(plan)
+    for plan in numbers:
+        if (fault := call.fault(plan)) != "":
+            faults[plan] = fault
             continue
-        once = between_events(lambda plan=plan: call.result(plan, 1), 1)
+        once = between_events(partial(call.result, plan, 1), 1)
         if once > HOPELESS * fastest + 1e-4:  # 0.1 ms: what launching one call may take
             continue
-        sample = graph_timer(lambda i, plan=plan: call.result(plan, i), call.layer.calls(call.m))
+        sample = graph_timer(partial(call.result, plan), call.layer.calls(call.m))
         fastest = min(fastest, sample())
         samplers[plan] = sample
-    return samplers, wrong
+    return samplers, faults
 
 
 def tune(layer: RandomLayer, m: int) -> Finding:
     """The fastest plan of a layer for m rows of x."""
     call = Call(layer, m)
-    plans = call.plans()
-    samplers, wrong = samplers_of(call, plans)
-    plan, seconds = choose(samplers)
+    numbers = call.plans()
+    samplers, faults = samplers_of(call, numbers)
+    best = choose(samplers) if samplers else None
     del samplers
-    torch.cuda.empty_cache()  # of the graphs' memory
-    return Finding(layer.bits, layer.shape, m, plan, seconds, len(plans), wrong)
+    torch.cuda.empty_cache()  # the graphs' memory
+    return Finding(layer.bits, layer.shape, m, best, len(numbers), faults)
 
 
 def merged(old: Iterable[dict], new: Iterable[dict]) -> list[dict]:
-    """Rows in order; layers that were measured anew replace what was known of them."""
-    fresh = list(new)
-    measured = {(row["bits"], row["n"], row["k"]) for row in fresh}
-    kept = [row for row in old if (row["bits"], row["n"], row["k"]) not in measured]
-    return sorted(kept + fresh, key=lambda row: (row["bits"], row["n"], row["k"], row["m"]))
+    """Rows in order; what was measured anew replaces what was known of it."""
+
+    def key(row: dict) -> tuple[int, ...]:
+        return row["bits"], row["n"], row["k"], row["m"]
+
+    rows = {key(row): row for row in [*old, *new]}
+    return [rows[which] for which in sorted(rows)]
 
 
 def as_text(content: Mapping[str, object], rows: Sequence[dict]) -> str:
@@ -147,7 +164,9 @@ def as_text(content: Mapping[str, object], rows: Sequence[dict]) -> str:
 def write(path: Path, device: torch.device, new: Sequence[dict]) -> None:
     """Adds to the table of this device, which is replaced whole."""
     name = torch.cuda.get_device_name(device)
-    old = json.loads(path.read_text()) if path.exists() else {"device": name, "rows": []}
+    old: dict[str, Any] = {"device": name, "rows": []}
+    if path.exists():
+        old = json.loads(path.read_text())
     if old["device"] != name:
         raise ValueError(f"tune: {path} must be of {name}, got {old['device']}")
     content = {
@@ -174,28 +193,37 @@ def main(
     shapes = shapes_of(layers.split(",")) if layers else SHAPES
     buckets = [int(text) for text in m.split(",")] if m else BUCKETS
     path = into or FOLDER / f"{results.device_name(device)}.json"
-    findings: list[Finding] = []
     widths = [int(text) for text in bits.split(",")]
     with tqdm(total=len(widths) * len(shapes) * len(buckets), desc="plans", unit="call") as bar:
-        for width, shape in ((width, shape) for width in widths for shape in shapes):
-            layer = RandomLayer(device, shape, width)
-            for rows in buckets:
-                findings.append(tune(layer, rows))
-                bar.set_postfix_str(f"{width} bits {shape} M={rows}", refresh=False)
-                bar.update()
-            print(summary(findings[-len(buckets) :]), flush=True)
-    write(path, device, [finding.row() for finding in findings])
+        for width, shape in itertools.product(widths, shapes):
+            findings = tune_layer(RandomLayer(device, shape, width), buckets, bar)
+            print(summary(findings), flush=True)
+            write(path, device, [row for finding in findings for row in finding.rows()])
     print(path)
 
 
+def tune_layer(layer: RandomLayer, buckets: Sequence[int], bar: tqdm) -> list[Finding]:
+    """A finding for each number of rows."""
+    findings = []
+    for m in buckets:
+        bar.set_postfix_str(f"{layer.bits} bits {layer.shape} M={m}", refresh=False)
+        findings.append(tune(layer, m))
+        bar.update()
+    return findings
+
+
 def summary(findings: Sequence[Finding]) -> str:
-    """A layer on one line: rows, plan and µs; then wrong plans, if any."""
+    """A layer on one line: rows, plan and µs; then what was wrong, if anything."""
     first = findings[0]
-    best = "  ".join(f"{f.m}:{f.plan} {f.seconds * 1e6:.1f}" for f in findings)
-    wrong = sorted({plan for f in findings for plan in f.wrong})
-    counts = max(f.candidates for f in findings)
-    text = f"{first.bits} bits {first.shape}, up to {counts} plans: {best}"
-    return f"{text}\nWRONG RESULTS, left out: plans {wrong}" if wrong else text
+    most = max(finding.candidates for finding in findings)
+    best = "  ".join(f"{f.m}:{f.best[0]} {f.best[1] * 1e6:.1f}" for f in findings if f.best)
+    lines = [f"{first.bits} bits {first.shape}, up to {most} plans: {best}"]
+    for finding in findings:
+        lines += [
+            f"WRONG, left out: plan {plan} at M={finding.m}: {fault}"
+            for plan, fault in finding.faults.items()
+        ]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from benchmarks.harness import Absent, Case, Selection, verify
 from benchmarks.peers.gptq import pack_gptq
 from benchmarks.peers.humming import _words

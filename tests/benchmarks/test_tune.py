@@ -6,8 +6,11 @@ import itertools
 import json
 
 import pytest
-from benchmarks.layers import Shape
-from benchmarks.tune_dequant_gemm import Finding, as_text, choose, merged, runnable
+import torch
+
+from benchmarks import tune_dequant_gemm
+from benchmarks.layers import RandomLayer, Shape
+from benchmarks.tune_dequant_gemm import Finding, as_text, choose, merged, runnable, tune
 
 
 class FakeTimes:
@@ -48,13 +51,13 @@ def test_the_slow_family_is_timed_only_where_nothing_else_runs():
 
 
 def _row(n, m, plan):
-    return Finding(4, Shape(n, 4096), m, plan, 1e-5, 3, []).row()
+    return Finding(4, Shape(n, 4096), m, (plan, 1e-5), 3, {}).rows()[0]
 
 
-def test_a_layer_measured_anew_replaces_all_its_rows_and_no_other():
+def test_what_is_measured_anew_replaces_what_was_known_of_it():
     old = [_row(4096, 1, 200), _row(4096, 64, 300), _row(2048, 1, 201)]
-    new = [_row(4096, 16, 202)]
-    assert merged(old, new) == [old[2], new[0]]
+    new = [_row(4096, 64, 302), _row(4096, 16, 202)]
+    assert merged(old, new) == [old[2], old[0], new[1], new[0]]
 
 
 def test_the_table_is_json_with_a_line_a_row():
@@ -68,3 +71,26 @@ def test_the_table_is_json_with_a_line_a_row():
     assert [line for line in text.splitlines() if '"plan": 200' in line] == [
         "  " + json.dumps(rows[0]) + ","
     ]
+
+
+def test_a_layer_gets_the_fastest_of_the_right_plans(monkeypatch):
+    seconds = {100: 3e-5, 200: 1e-5, 201: 2e-5, 300: 0.5e-5}
+
+    def op(x, weight, scales, *, plan, **shape):
+        if plan == 201:
+            raise RuntimeError("dequant_gemm: no such launch")
+        right = real(x, weight, scales, **shape)
+        return right * 2 if plan == 300 else right
+
+    real = tune_dequant_gemm.dequant_gemm
+    monkeypatch.setattr(tune_dequant_gemm, "dequant_gemm", op)
+    monkeypatch.setattr(tune_dequant_gemm, "plans", lambda *_: [0, *seconds])
+    monkeypatch.setattr(tune_dequant_gemm, "between_events", lambda work, calls: 1e-5)
+    monkeypatch.setattr(
+        tune_dequant_gemm, "graph_timer", lambda side, sets: lambda: seconds[side.args[0]]
+    )
+    finding = tune(RandomLayer(torch.device("cpu"), Shape(64, 256)), m=3)
+    assert finding.best == (200, 1e-5)
+    assert set(finding.faults) == {201, 300}
+    assert finding.candidates == 4
+    assert finding.rows()[0]["plan"] == 200
