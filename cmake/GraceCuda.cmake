@@ -19,7 +19,7 @@ function(grace_present_architectures result)
 endfunction()
 
 string(REPLACE "," ";" GRACE_CUDA_ARCHS "${GRACE_CUDA_ARCHS}")
-set(grace_cuda_asked ${GRACE_CUDA})
+set(grace_cuda_asked "${GRACE_CUDA}")  # "" stays a value: unquoted, it would unset the variable
 if(GRACE_CUDA_ARCHS AND GRACE_CUDA STREQUAL "")
   set(grace_cuda_asked ON)
 endif()

@@ -38,7 +38,7 @@ for name in ${parts[*]}; do
   case $name in
   build) part build 300 "$python" -m pip install -q --no-build-isolation --no-deps -e . ;;
   info) part info 60 "$python" -m grace.cli info ;;
-  tests) part tests 420 "$python" -m pytest -q -n 8 --dist loadscope tests ;;
+  tests) part tests 420 env OMP_NUM_THREADS=1 "$python" -m pytest -q -n 12 --dist loadscope tests ;;
   memcheck | racecheck) part "$name" 240 bash -c "sanitizer $name" ;;
   quickstart) part quickstart 480 "$python" -m grace.cli quickstart --out "$out/run" ;;
   benchmarks)
