@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -279,8 +280,12 @@ def measure_ceiling(device: torch.device) -> Ceiling:
     product = float("inf")
     for dtype in (torch.bfloat16, torch.float32):  # not every CPU is faster in bf16
         a = torch.randn(n, n, device=device, dtype=dtype)
-        product = min(product, *_samples(lambda _, a=a: a @ a, device))
+        product = min(product, *_samples(partial(_square, a), device))
     return Ceiling(buffer.numel() * buffer.element_size() / read, 2 * n**3 / product)
+
+
+def _square(a: Tensor, _: int) -> Tensor:
+    return a @ a
 
 
 def _samples(side: Side, device: torch.device) -> Iterator[float]:

@@ -35,14 +35,18 @@ class Layer:
     shape: Shape
 
 
+def _title(part: str) -> str:
+    return part.replace("_and_", "+").replace("_or_", "/")
+
+
 def _layers(model: str, **parts: tuple[int, int]) -> list[Layer]:
-    return [Layer(model, part.replace("_and_", "+"), Shape(*nk)) for part, nk in parts.items()]
+    return [Layer(model, _title(part), Shape(*nk)) for part, nk in parts.items()]
 
 
 LAYERS = [
     *_layers(
         "LLaVA-1.5-7B",
-        q_k_v_or_o=(4096, 4096),
+        q_or_k_or_v_or_o=(4096, 4096),
         qkv=(12288, 4096),
         gate_or_up=(11008, 4096),
         gate_and_up=(22016, 4096),
@@ -74,7 +78,7 @@ SHAPES = list(dict.fromkeys(layer.shape for layer in LAYERS))
 
 
 def names(shape: Shape) -> str:
-    """The layers of that shape: ``LLaVA-1.5-7B q_k_v_or_o, Qwen3-VL-8B o``."""
+    """The layers of that shape: ``LLaVA-1.5-7B q/k/v/o, Qwen3-VL-8B o``."""
     return ", ".join(f"{layer.model} {layer.part}" for layer in LAYERS if layer.shape == shape)
 
 
