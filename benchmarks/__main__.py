@@ -13,7 +13,7 @@ import typer
 
 import benchmarks
 from benchmarks import results
-from benchmarks.harness import Benchmark, Ceiling, Selection, measure_ceiling, run
+from benchmarks.harness import OURS, Benchmark, Ceiling, Selection, measure_ceiling, run
 
 _SECONDS_BETWEEN_COPIES = 10.0
 
@@ -51,18 +51,18 @@ def run_one(
     keep: bool,
 ) -> list[dict]:
     """Runs and prints a benchmark; with ``keep``, what is done is on disk every ten seconds."""
-    rows: list[dict] = []
+    done: list[dict] = []
     copied = time.monotonic()
     for rows_of_a_size in run(benchmark, device, ceiling, rounds, chosen):
-        rows += rows_of_a_size
+        done += rows_of_a_size
         if keep and time.monotonic() - copied > _SECONDS_BETWEEN_COPIES:
-            results.write_partial(benchmark.name, device, ceiling, rows)
+            results.write_partial(benchmark.name, device, ceiling, done)
             copied = time.monotonic()
-    print(f"\n{benchmark.name} (µs, medians)\n{results.table({'rows': rows})}")
-    print(findings(rows))
+    print(f"\n{benchmark.name} (µs, medians)\n{results.table({'rows': done})}")
+    print(findings(done))
     if keep:
-        print(results.write(benchmark.name, device, ceiling, rows))
-    return rows
+        print(results.write(benchmark.name, device, ceiling, done))
+    return done
 
 
 def findings(rows: list[dict]) -> str:
@@ -89,12 +89,16 @@ def main(
         list[str] | None, typer.Option(help="Only these sizes: --where M=1,16 --where N=4096.")
     ] = None,
 ) -> None:
-    """Times every op against its peers on this machine."""
+    """Times every op against its peers on this machine; exit code 1 if our result is wrong."""
     on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     chosen = selection(peers, where or [])
     ceiling = measure_ceiling(on)
+    rows: list[dict] = []
     for name in names or available():
-        run_one(load(name), on, ceiling, rounds, chosen, keep)
+        rows += run_one(load(name), on, ceiling, rounds, chosen, keep)
+    if any(row["side"] == OURS and "wrong" in row for row in rows):
+        print(f"WRONG RESULTS of {OURS}, see above")
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

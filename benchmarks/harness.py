@@ -5,8 +5,8 @@ the index of a set of buffers. The harness verifies every side against the exact
 times them interleaved over rotating buffers (together larger than the last-level cache), reports
 medians and spread, the share of the floor that bytes and FLOP set, and the ratio to each side.
 On a GPU a side is timed by replaying a captured graph; sides that cannot be captured are timed by
-events round eager calls and say so. A peer that cannot run here, or whose result is wrong, is
-reported and not timed.
+events round eager calls and say so. A peer that cannot run here, and a side whose result is wrong,
+is reported and not timed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 Side = Callable[[int], Any]
 
-OURS = "grace"  # the side that must be there and right
+OURS = "grace"  # the side that the others are peers of
 
 
 class Absent(Exception):
@@ -105,7 +105,7 @@ def run(
         case = benchmark.setup(device, **size)
         sides = {name: side for name, side in case.sides.items() if chosen.has_side(name)}
         absent = {n: {"absent": why} for n, why in case.absent.items() if chosen.has_side(n)}
-        left_out = absent | verify(case, sides, f"{benchmark.name} {dict(size)}")
+        left_out = absent | verify(case, sides)
         timed = {name: side for name, side in sides.items() if name not in left_out}
         rows = [{"size": dict(size), "side": name} | why for name, why in left_out.items()]
         floor = ceiling.floor(case)
@@ -149,11 +149,8 @@ def _quartiles(samples: list[float]) -> tuple[float, float]:
     return quartiles[0], quartiles[2]
 
 
-def verify(case: Case, sides: Mapping[str, Side], what: str) -> dict[str, dict[str, str]]:
-    """Peers to leave out: ``{"absent": why}`` or ``{"wrong": how far off}``.
-
-    Raises ValueError where our own result is not the exact one to the case's tolerance.
-    """
+def verify(case: Case, sides: Mapping[str, Side]) -> dict[str, dict[str, str]]:
+    """Sides to leave out: ``{"absent": why}`` or ``{"wrong": how far off}``."""
     exact = case.exact().double()
     left_out: dict[str, dict[str, str]] = {}
     for name, side in sides.items():
@@ -163,12 +160,9 @@ def verify(case: Case, sides: Mapping[str, Side], what: str) -> dict[str, dict[s
             left_out[name] = {"absent": str(reason)}
             continue
         error = relative_error(actual[0] if isinstance(actual, tuple) else actual, exact)
-        if error <= case.tolerance:
-            continue
-        finding = f"must be within {case.tolerance:g} of the exact result, got {error:g}"
-        if name == OURS:
-            raise ValueError(f"{what}: {name} {finding}")
-        left_out[name] = {"wrong": finding}
+        if not error <= case.tolerance:
+            finding = f"must be within {case.tolerance:g} of the exact result, got {error:g}"
+            left_out[name] = {"wrong": finding}
     return left_out
 
 

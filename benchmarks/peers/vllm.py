@@ -33,7 +33,7 @@ def why_absent() -> str:
     try:
         torch.ops.load_library(path)
         _uint4b8()
-    except (OSError, ImportError, AttributeError) as error:
+    except (OSError, ImportError, AttributeError, RuntimeError) as error:
         return f"vLLM: {str(error).splitlines()[0][:200]}"
     return ""
 

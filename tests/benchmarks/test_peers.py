@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import typer
 
-from benchmarks.harness import Absent, Case, Selection, verify
+from benchmarks import __main__ as command
+from benchmarks.harness import Absent, Benchmark, Case, Ceiling, Selection, verify
 from benchmarks.peers.gptq import pack_gptq
 from benchmarks.peers.humming import _words
 from benchmarks.peers.peer import Peer
@@ -62,16 +64,19 @@ def test_absent_and_wrong_peers_are_left_out_and_named():
         off=lambda _: torch.tensor([1.0, 1.0, float("nan")]),
         gone=_absent,
     )
-    left_out = verify(case, case.sides, "case")
+    left_out = verify(case, case.sides)
     assert set(left_out) == {"off", "gone"}
     assert left_out["gone"] == {"absent": "not here"}
     assert "within 0.01" in left_out["off"]["wrong"]
 
 
-def test_our_own_wrong_result_is_an_error():
-    case = _case(grace=lambda _: torch.zeros(3))
-    with pytest.raises(ValueError, match="grace must be within"):
-        verify(case, case.sides, "case")
+def test_our_own_wrong_result_is_reported_and_the_run_fails(monkeypatch):
+    case = _case(grace=lambda _: torch.zeros(3), good=lambda _: torch.ones(3))
+    benchmark = Benchmark("x", {"cpu": [{"M": 1}]}, lambda device, M: case)
+    monkeypatch.setattr(command, "load", lambda name: benchmark)
+    monkeypatch.setattr(command, "measure_ceiling", lambda device: Ceiling(1.0, 1.0))
+    with pytest.raises(typer.Exit):
+        command.main(["x"], device="cpu", rounds=3, keep=False)
 
 
 def test_a_selection_keeps_our_side():
