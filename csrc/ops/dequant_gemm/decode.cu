@@ -2,9 +2,9 @@
 //
 // A block computes bands of 16 rows of the weight, one after another; its warps split K, each reads
 // its tiles of a band straight into registers as the fragments they are, many loads ahead of use,
-// across the end of a band into the next one. x stays in shared memory, in the order of operand B's
-// fragments. Sums meet in shared memory at the end of a band. Where x is too much for one block, a
-// cluster of blocks splits K again, and their sums meet through each other's shared memory.
+// across the end of a band into the next one. x stays in shared memory. Sums meet in shared memory at
+// the end of a band. Where x is too much for one block, a cluster of blocks splits K again, and their
+// sums meet through each other's shared memory.
 //
 // The split of K depends on the variant and on K alone, so a row of the result does not depend on
 // the others, and sums are added in one order.
@@ -54,7 +54,7 @@ __device__ __forceinline__ unsigned cluster_rank() {
 }
 
 // All threads of all blocks of the cluster; what they wrote before is visible after.
-__device__ __forceinline__ void cluster_barrier(unsigned blocks) {
+__device__ __forceinline__ void cluster_barrier(int blocks) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   if (blocks > 1) {
     asm volatile(
@@ -67,20 +67,46 @@ __device__ __forceinline__ void cluster_barrier(unsigned blocks) {
   __syncthreads();
 }
 
-// To the same place of shared memory in block `rank` of the cluster.
-__device__ __forceinline__ void store_to_block(float4* place, float4 v, unsigned rank,
-                                               unsigned blocks) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  if (blocks > 1) {
-    uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(place)), remote;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
-    asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(remote), "f"(v.x),
-                 "f"(v.y), "f"(v.z), "f"(v.w)
-                 : "memory");
-    return;
-  }
+// Copies 16 bytes, or zeros if not `inside`, to shared memory; done after copies_done.
+template <typename T>
+__device__ __forceinline__ void copy_chunk(unsigned char* to, const T* from, bool inside) {
+#if defined(GRACE_EMULATE)
+  const uint4 zero = {0, 0, 0, 0};
+  *reinterpret_cast<uint4*>(to) = inside ? *reinterpret_cast<const uint4*>(from) : zero;
+#else
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from),
+               "r"(inside ? 16 : 0)
+               : "memory");
 #endif
-  *place = v;
+}
+
+__device__ __forceinline__ void copies_done() {
+#if !defined(GRACE_EMULATE)
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
+// Operand B for 32 columns and 8 rows of x: {b0, b1} of the first 16 columns, then of the others.
+// `chunk` is this lane's: row lane % 8, columns 8 * (lane / 8) and on.
+__device__ __forceinline__ uint4 load_fragments(const unsigned char* chunk) {
+  uint4 v;
+#if defined(GRACE_EMULATE)
+  const int lane = emulation::lane();
+  const unsigned char* mine[kWarpSize];
+  emulation::warp_gather(0xffffffffu, &chunk, mine, sizeof chunk);
+  uint32_t words[4];
+  for (int i = 0; i < 4; ++i)
+    std::memcpy(&words[i], mine[8 * i + lane / 4] + lane % 4 * 4, sizeof words[i]);
+  v = {words[0], words[1], words[2], words[3]};
+#else
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(chunk));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(address)
+               : "memory");
+#endif
+  return v;
 }
 
 // --- sizes ----------------------------------------------------------------------------------------
@@ -101,7 +127,9 @@ struct Shape {
   }
 };
 
-constexpr int kXTileBytes = 1024;  // fragments of 8 rows and 64 columns of x
+// A row of x in shared memory: whole tiles, and 16 bytes that shift the next row's banks so that
+// the eight rows of a fragment are read without conflicts.
+GRACE_HOST_DEVICE constexpr int row_bytes(int tiles) { return tiles * kTile * 2 + 16; }
 
 // What the kernel works with beside the call, in the integers that a GPU is quick with.
 struct Walk {
@@ -112,27 +140,20 @@ struct Walk {
 
 // --- x into shared memory --------------------------------------------------------------------------
 
-// [tile][8 rows of x][half][lane]: for blocks 2 half and 2 half + 1 of the tile the two registers of
-// operand B. Rows that x has not are left out: nothing reads them. k is a multiple of 32.
-template <int kTiles, int kThreads, typename T>
+// The block's tiles of K, zeros beyond k. K is a multiple of 8.
+template <int kThreads, typename T>
 __device__ __forceinline__ void load_x(const T* x, const Walk& walk, int first, int tiles,
-                                       uint4* shared) {
-  for (int i = threadIdx.x; i < tiles * 8; i += kThreads) {
-    const int tile = i / 8, half = i / 4 % 2, tig = i % 4;
-    const int column = (first + tile) * kTile + half * 2 * kBlock;
+                                       unsigned char* shared) {
+  constexpr int kChunk = 16 / sizeof(T);
+  for (int i = threadIdx.x; i < tiles * (kTile / kChunk); i += kThreads) {
+    const int column = first * kTile + i * kChunk;
     const bool inside = column < walk.k;
-    uint4* const to = shared + (tile * kTiles * 2 + half) * kWarpSize + tig;
-    const T* from = x + column + 2 * tig;
-#pragma unroll 8
-    for (int m = 0; m < walk.m; ++m) {
-      uint4 v = {0, 0, 0, 0};
-      if (inside) {
-        const uint32_t* const pairs = reinterpret_cast<const uint32_t*>(from + m * walk.k);
-        v = {pairs[0], pairs[4], pairs[8], pairs[12]};
-      }
-      to[m / 8 * 2 * kWarpSize + m % 8 * 4] = v;
-    }
+    const T* const from = x + (inside ? column : 0);
+#pragma unroll 4
+    for (int m = 0; m < walk.m; ++m)
+      copy_chunk(shared + m * row_bytes(tiles) + i * 16, from + int64_t{m} * walk.k, inside);
   }
+  copies_done();
 }
 
 // --- the stream of weights -----------------------------------------------------------------------
@@ -231,9 +252,8 @@ struct Accumulators {
 // One tile of K, for the bands of a warp: codes exactly, scales in fp32 at the end of a group.
 template <int kBits, typename S, int kGroups, typename T>
 __device__ __forceinline__ void multiply_tile(const Slot<kBits, S::kBands, kGroups>& slot,
-                                              const uint4* x, int m, bool is_bf16,
+                                              const unsigned char* (&x)[S::kTiles], bool is_bf16,
                                               Accumulators<S::kTiles> (&total)[S::kBands]) {
-  const int lane = threadIdx.x % kWarpSize;
   // With few products a block, two chains of them: each waits for the one before.
   constexpr int kChains = kGroups == 1 && S::kParts == 1 ? 2 : 1;
   Accumulators<S::kTiles> chains[kChains][S::kBands];
@@ -242,10 +262,7 @@ __device__ __forceinline__ void multiply_tile(const Slot<kBits, S::kBands, kGrou
     Accumulators<S::kTiles>(&group)[S::kBands] = chains[half % kChains];
     uint4 fragments[S::kTiles];
 #pragma unroll
-    for (int j = 0; j < S::kTiles; ++j) {
-      fragments[j] = {0, 0, 0, 0};
-      if (j * 8 + lane / 4 < m) fragments[j] = x[(j * 2 + half) * kWarpSize + lane];
-    }
+    for (int j = 0; j < S::kTiles; ++j) fragments[j] = load_fragments(x[j] + half * kTile);
 #pragma unroll
     for (int band = 0; band < S::kBands; ++band) {
       const uint32_t* words = reinterpret_cast<const uint32_t*>(slot.words[band]);
@@ -282,18 +299,131 @@ __device__ __forceinline__ void multiply_tile(const Slot<kBits, S::kBands, kGrou
 
 // --- the end of a band: sums of all warps, and of all blocks of a cluster ---------------------------
 
-// Part p of the sums (a band and 8 rows of x) is added up in block p % cluster of the cluster.
-// [place of p there][warp of the cluster][lane]
+// Part p of the sums (a band and 8 rows of x) is added up in block p % cluster of the cluster, by
+// one warp. Places for them are there twice, for turns to overlap:
+//   [turn % 2][place p / cluster][warp of the cluster][lane]
+// In one block a barrier says that all are there. In a cluster each place has two mbarriers for all
+// its parts: `full` counts the bytes that have come, `empty` the parts that were read in the turn
+// before last.
+struct Barriers {
+  uint64_t full[2], empty[2];
+};
+constexpr int kBarrierBytes = 128;
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// The same place in the shared memory of block `rank`.
+__device__ __forceinline__ uint32_t address_in(const void* p, int rank) {
+  uint32_t remote;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
+               : "=r"(remote)
+               : "r"(shared_address(p)), "r"(rank));
+  return remote;
+}
+
+__device__ __forceinline__ void expect_bytes(uint64_t* barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
+                   shared_address(barrier)),
+               "r"(bytes)
+               : "memory");
+}
+
+__device__ __forceinline__ void wait_for(uint64_t* barrier, int phase) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n"
+      "}" ::"r"(shared_address(barrier)),
+      "r"(phase)
+      : "memory");
+}
+
+#endif
+
+// What a block expects in a turn: its parts, from every warp of the cluster.
+template <typename S>
+__device__ __forceinline__ int bytes_of_turn(int cluster) {
+  const int parts = (S::kParts - static_cast<int>(cluster_rank()) + cluster - 1) / cluster;
+  return parts * cluster * S::kThreads * 16;
+}
+
+template <typename S>
+__device__ __forceinline__ void init_barriers(Barriers* barriers, int cluster) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  if (cluster == 1 || threadIdx.x != 0) return;
+  const auto init = [](uint64_t* barrier, int count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
+                 "r"(count));
+  };
+  for (int i = 0; i < 2; ++i) {
+    init(&barriers->full[i], 1);
+    init(&barriers->empty[i], S::kParts);
+  }
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  for (int i = 0; i < 2; ++i) expect_bytes(&barriers->full[i], bytes_of_turn<S>(cluster));
+#endif
+}
+
+// Hands this warp's sums to those who add them up.
 template <typename S>
 __device__ __forceinline__ void share_sums(const Accumulators<S::kTiles> (&total)[S::kBands],
-                                           int cluster, float4* sums) {
+                                           int cluster, int turn, Barriers* barriers,
+                                           float4* sums) {
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  float4* const mine = sums + (cluster_rank() * S::kWarps + warp) * kWarpSize + lane;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  if (cluster > 1) {
+    const int slot = turn % 2;
+    if (turn >= 2) wait_for(&barriers->empty[slot], (turn / 2 - 1) % 2);
+    const float4* const mine =
+        sums + (static_cast<int>(cluster_rank()) * S::kWarps + warp) * kWarpSize + lane;
+#pragma unroll
+    for (int p = 0; p < S::kParts; ++p) {
+      const float(&v)[4] = total[p / S::kTiles].v[p % S::kTiles];
+      const int owner = p % cluster;
+      asm volatile(
+          "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, "
+          "[%5];" ::"r"(address_in(mine + p / cluster * cluster * S::kThreads, owner)),
+          "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]),
+          "r"(address_in(&barriers->full[slot], owner))
+          : "memory");
+    }
+    return;
+  }
+#endif
 #pragma unroll
   for (int p = 0; p < S::kParts; ++p) {
     const float(&v)[4] = total[p / S::kTiles].v[p % S::kTiles];
-    store_to_block(mine + p / cluster * cluster * S::kThreads, {v[0], v[1], v[2], v[3]},
-                   p % cluster, cluster);
+    sums[(p * S::kWarps + warp) * kWarpSize + lane] = {v[0], v[1], v[2], v[3]};
+  }
+  __syncthreads();
+}
+
+// Epilogue of a part: bias, SwiGLU, residual, the one rounding.
+template <typename S, typename T>
+__device__ __forceinline__ void write_part(const Call<T>& call, int band, int p,
+                                           const float (&sum)[4]) {
+  const int lane = threadIdx.x % kWarpSize;
+  const int64_t row = int64_t{band + p / S::kTiles} * kBand + lane / 4;
+  const int64_t columns = call.columns();
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int64_t m = p % S::kTiles * 8 + lane % 4 * 2 + i;
+    if (m >= call.problem.m) break;
+    T* const out = call.out + m * columns;
+    const float low = call.biased(sum[i], row), high = call.biased(sum[i + 2], row + 8);
+    if (call.swiglu) {
+      const int64_t column = swiglu_column(row);
+      if (column < columns) out[column] = call.finished(swiglu(low, high), m, column);
+    } else {
+      if (row < columns) out[row] = call.finished(low, m, row);
+      if (row + 8 < columns) out[row + 8] = call.finished(high, m, row + 8);
+    }
   }
 }
 
@@ -301,15 +431,18 @@ __device__ __forceinline__ void share_sums(const Accumulators<S::kTiles> (&total
 // once a band must not push the rest out of the instruction caches.
 template <typename S, typename T>
 __device__ __noinline__ void finish_parts(const Call<T>& call, int cluster, int band, int turn,
-                                          const float4* sums) {
+                                          Barriers* barriers, const float4* sums) {
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int rank = static_cast<int>(cluster_rank());
   const int sources = cluster * S::kWarps;
   // Turn by turn another warp has the work.
   for (int place = (warp + turn) % S::kWarps; place * cluster + rank < S::kParts;
        place += S::kWarps) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    if (cluster > 1) wait_for(&barriers->full[turn % 2], turn / 2 % 2);
+#endif
     float sum[4] = {};
-#pragma unroll 4
+#pragma unroll 8
     for (int source = 0; source < sources; ++source) {
       const float4 v = sums[(place * sources + source) * kWarpSize + lane];
       sum[0] += v.x;
@@ -317,25 +450,19 @@ __device__ __noinline__ void finish_parts(const Call<T>& call, int cluster, int 
       sum[2] += v.z;
       sum[3] += v.w;
     }
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    if (cluster > 1) {
+      __syncwarp();
+      if (lane == 0 && place == 0) expect_bytes(&barriers->full[turn % 2], bytes_of_turn<S>(cluster));
+      if (lane < cluster)
+        asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(
+                         address_in(&barriers->empty[turn % 2], lane))
+                     : "memory");
+    }
+#endif
 #pragma unroll
     for (float& s : sum) s *= 1.0f / Fraction<T>::kValue;
-    const int p = place * cluster + rank;
-    const int64_t row = int64_t{band + p / S::kTiles} * kBand + lane / 4;
-    const int64_t columns = call.columns();
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int64_t m = p % S::kTiles * 8 + lane % 4 * 2 + i;
-      if (m >= call.problem.m) break;
-      T* const out = call.out + m * columns;
-      const float low = call.biased(sum[i], row), high = call.biased(sum[i + 2], row + 8);
-      if (call.swiglu) {
-        const int64_t column = swiglu_column(row);
-        if (column < columns) out[column] = call.finished(swiglu(low, high), m, column);
-      } else {
-        if (row < columns) out[row] = call.finished(low, m, row);
-        if (row + 8 < columns) out[row + 8] = call.finished(high, m, row + 8);
-      }
-    }
+    write_part<S>(call, band, place * cluster + rank, sum);
   }
 }
 
@@ -360,39 +487,51 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocksPerSm)
 #pragma unroll
   for (int i = 0; i < kAhead; ++i) loader.next(slots[i]);
 
-  wait_for_previous_kernel();
+  Barriers* const barriers = reinterpret_cast<Barriers*>(shared);
+  float4* const sums = reinterpret_cast<float4*>(shared + kBarrierBytes);  // twice, in turns
   const int sum_bytes = S::sum_bytes(walk.cluster);
-  float4* const sums = reinterpret_cast<float4*>(shared);  // twice, in turns
-  uint4* const x = reinterpret_cast<uint4*>(shared + 2 * sum_bytes);
-  load_x<S::kTiles, S::kThreads>(call.x, walk, block_first, tiles, x);
+  unsigned char* const x = shared + kBarrierBytes + 2 * sum_bytes;
+  init_barriers<S>(barriers, walk.cluster);
+  wait_for_previous_kernel();
+  load_x<S::kThreads>(call.x, walk, block_first, tiles, x);
   cluster_barrier(walk.cluster);  // also: every block runs before another writes to it
 
-  constexpr int kXTile = S::kTiles * 2 * kWarpSize;
-  const uint4* const first_x = x + (first - block_first) * kXTile;
-  const uint4* tile_x = first_x;
+  // This lane's chunks of x for load_fragments. Where x has fewer rows the last one stands for them:
+  // what comes of it is not written.
+  const unsigned char *first_x[S::kTiles], *tile_x[S::kTiles];
+  const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+  for (int j = 0; j < S::kTiles; ++j) {
+    const int row = std::min(j * 8 + lane % 8, walk.m - 1);
+    first_x[j] = x + row * row_bytes(tiles) + (first - block_first) * kTile * 2 + lane / 8 * 16;
+    tile_x[j] = first_x[j];
+  }
+
   Accumulators<S::kTiles> total[S::kBands];
-  int tile = first, turn = 0;
+  int left = last - first, turn = 0;
   while (band < walk.bands) {
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
-      multiply_tile<kBits, S, kGroups, T>(slots[i], tile_x, walk.m, call.scales.is_bf16, total);
+      multiply_tile<kBits, S, kGroups, T>(slots[i], tile_x, call.scales.is_bf16, total);
       loader.next(slots[i]);
-      tile_x += kXTile;
-      if (++tile == last) {
+#pragma unroll
+      for (int j = 0; j < S::kTiles; ++j) tile_x[j] += kTile * 2;
+      if (--left == 0) {
         float4* const here = sums + turn % 2 * (sum_bytes / 16);
-        share_sums<S>(total, walk.cluster, here);
-        cluster_barrier(walk.cluster);
-        finish_parts<S>(call, walk.cluster, band, turn, here);
+        share_sums<S>(total, walk.cluster, turn, barriers, here);
+        finish_parts<S>(call, walk.cluster, band, turn, barriers, here);
 #pragma unroll
         for (int b = 0; b < S::kBands; ++b) total[b] = {};
-        tile = first;
-        tile_x = first_x;
+#pragma unroll
+        for (int j = 0; j < S::kTiles; ++j) tile_x[j] = first_x[j];
+        left = last - first;
         band += step;
         ++turn;
         if (band >= walk.bands) break;
       }
     }
   }
+  if (walk.cluster > 1) cluster_barrier(walk.cluster);  // nobody writes to a block that has left
 }
 
 // --- variants ---------------------------------------------------------------------------------------
@@ -432,9 +571,10 @@ const Device& Device::of(int device) {
 using Few = Shape<1, 1, 16, 8, 1>;         // up to 8 rows of x
 using FewHalf = Shape<1, 1, 8, 8, 2>;      // the same, two blocks a multiprocessor
 using FewPairs = Shape<1, 2, 8, 8, 1>;     // two bands at once
+using FewQuarter = Shape<1, 1, 4, 8, 4>;   // four blocks a multiprocessor
 using Sixteen = Shape<2, 1, 16, 7, 1>;     // up to 16
 using SixteenPairs = Shape<2, 2, 8, 8, 1>;
-using Some = Shape<4, 1, 16, 6, 1>;        // up to 32
+using Some = Shape<4, 1, 16, 4, 1>;        // up to 32
 using SomePairs = Shape<4, 2, 8, 7, 1>;
 
 // Calls f(shape, cluster) with what a variant's number stands for: variant = 4 * shape + log2 of
@@ -457,22 +597,25 @@ bool with_variant(int variant, F&& f) {
       return f(Some{}, cluster);
     case 6:
       return f(SomePairs{}, cluster);
+    case 7:
+      return f(FewQuarter{}, cluster);
     default:
       return false;
   }
 }
-constexpr int kVariants = 7 * 4;
+constexpr int kVariants = 8 * 4;
 
 template <typename S>
 int64_t shared_bytes(const Problem& p, int cluster) {
-  return 2 * S::sum_bytes(cluster) + ceil_div<int64_t>(p.k_tiles, cluster) * S::kTiles * kXTileBytes;
+  const auto tiles = static_cast<int>(ceil_div<int64_t>(p.k_tiles, cluster));
+  return kBarrierBytes + 2 * S::sum_bytes(cluster) + p.m * row_bytes(tiles);
 }
 
 template <typename S, typename T>
 bool fits(const Call<T>& call, int cluster, const Device& device) {
   const Problem& p = call.problem;
   const bool groups = p.group_size % kTile == 0 || p.group_size == kTile / 2;
-  const bool aligned = p.k % (kTile / 2) == 0 && reinterpret_cast<uintptr_t>(call.x) % 4 == 0;
+  const bool aligned = p.k % 8 == 0 && reinterpret_cast<uintptr_t>(call.x) % 16 == 0;
   return p.m <= S::kTiles * 8 && groups && aligned && !call.scales.is_float &&
          p.k_tiles < 1 << 16 && (call.scales.is_bf16 || std::is_same_v<T, fp16>)&& p.k_tiles >= int64_t{cluster} * S::kWarps &&
          (cluster == 1 || device.capability >= 90) &&
