@@ -614,7 +614,8 @@ int64_t shared_bytes(const Problem& p, int cluster) {
 template <typename S, typename T>
 bool fits(const Call<T>& call, int cluster, const Device& device) {
   const Problem& p = call.problem;
-  const bool groups = p.group_size % kTile == 0 || p.group_size == kTile / 2;
+  const bool groups =
+      p.group_size % kTile == 0 || (p.group_size == kTile / 2 && p.k % kTile == 0);
   const bool aligned = p.k % 8 == 0 && reinterpret_cast<uintptr_t>(call.x) % 16 == 0;
   return p.m <= S::kTiles * 8 && groups && aligned && !call.scales.is_float &&
          p.k_tiles < 1 << 16 && (call.scales.is_bf16 || std::is_same_v<T, fp16>)&& p.k_tiles >= int64_t{cluster} * S::kWarps &&
