@@ -218,11 +218,10 @@ def summary(findings: Sequence[Finding]) -> str:
     most = max(finding.candidates for finding in findings)
     best = "  ".join(f"{f.m}:{f.best[0]} {f.best[1] * 1e6:.1f}" for f in findings if f.best)
     lines = [f"{first.bits} bits {first.shape}, up to {most} plans: {best}"]
-    for finding in findings:
-        lines += [
-            f"WRONG, left out: plan {plan} at M={finding.m}: {fault}"
-            for plan, fault in finding.faults.items()
-        ]
+    for plan in sorted({plan for finding in findings for plan in finding.faults}):
+        where = [finding for finding in findings if plan in finding.faults]
+        at = ", ".join(str(finding.m) for finding in where)
+        lines.append(f"WRONG, left out: plan {plan} at M={at}: {where[0].faults[plan]}")
     return "\n".join(lines)
 
 
