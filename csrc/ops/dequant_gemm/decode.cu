@@ -1,10 +1,10 @@
 // dequant_gemm for few rows of x, sm_80 and later: a read of the weight at the speed of memory.
 //
-// A block computes bands of 16 rows of the weight, one after another; its warps split K, each reads
-// its tiles of a band straight into registers as the fragments they are, many loads ahead of use,
-// across the end of a band into the next one. x stays in shared memory. Sums meet in shared memory at
-// the end of a band. Where x is too much for one block, a cluster of blocks splits K again, and their
-// sums meet through each other's shared memory.
+// A team of warps computes bands of 16 rows of the weight, one after another. Its warps split K; each
+// reads its tiles of a band straight into registers as the fragments they are, many loads ahead of
+// use, across the end of a band into the next one. The teams of a block share x in shared memory.
+// A team's sums meet in shared memory at the end of a band. Where x is too much for one block, a
+// cluster of blocks splits K again, and their sums meet through each other's shared memory.
 //
 // The split of K depends on the variant and on K alone, so a row of the result does not depend on
 // the others, and sums are added in one order.
@@ -111,13 +111,12 @@ __device__ __forceinline__ uint4 load_fragments(const unsigned char* chunk) {
 
 // --- sizes ----------------------------------------------------------------------------------------
 
-template <int kTiles_, int kBands_, int kWarps_, int kAhead_, int kBlocksPerSm_>
+template <int kTiles_, int kBands_, int kWarps_, int kAhead_>
 struct Shape {
   static constexpr int kTiles = kTiles_;  // of 8 rows of x
   static constexpr int kBands = kBands_;  // of 16 rows of the weight, that a warp has in work
-  static constexpr int kWarps = kWarps_;  // that split K
+  static constexpr int kWarps = kWarps_;
   static constexpr int kAhead = kAhead_;  // tiles of 4-bit codes that a warp loads ahead
-  static constexpr int kBlocksPerSm = kBlocksPerSm_;
   static constexpr int kThreads = kWarps * kWarpSize;
   static constexpr int kParts = kBands * kTiles;  // fragments of sums of a warp
 
@@ -135,6 +134,7 @@ GRACE_HOST_DEVICE constexpr int row_bytes(int tiles) { return tiles * kTile * 2 
 struct Walk {
   int m, k, k_tiles, bands, groups, scale_stride;
   int cluster;        // blocks that split K
+  int team;           // warps of a team, which split it again: a power of two
   int tiles_a_group;  // unless a tile has two groups
 };
 
@@ -300,15 +300,37 @@ __device__ __forceinline__ void multiply_tile(const Slot<kBits, S::kBands, kGrou
 // --- the end of a band: sums of all warps, and of all blocks of a cluster ---------------------------
 
 // Part p of the sums (a band and 8 rows of x) is added up in block p % cluster of the cluster, by
-// one warp. Places for them are there twice, for turns to overlap:
-//   [turn % 2][place p / cluster][warp of the cluster][lane]
-// In one block a barrier says that all are there. In a cluster each place has two mbarriers for all
-// its parts: `full` counts the bytes that have come, `empty` the parts that were read in the turn
-// before last.
+// one warp of the team there. Places for them are there twice, for turns to overlap:
+//   [turn % 2][team][place p / cluster][warp of the team, in every block of the cluster][lane]
+// In one block a barrier says that all are there. In a cluster each turn has two mbarriers:
+// `full` counts the bytes that have come, `empty` the parts that were read in the turn before last.
 struct Barriers {
   uint64_t full[2], empty[2];
 };
-constexpr int kBarrierBytes = 128;
+
+template <typename S>
+constexpr int kBarrierBytes = S::kWarps * sizeof(Barriers);  // for teams of one warp
+
+// Where a warp stands.
+struct Place {
+  int lane, team, warp;  // the warp within its team
+  int rank;              // of the block in its cluster
+
+  __device__ __forceinline__ explicit Place(int team_warps) {
+    lane = threadIdx.x % kWarpSize;
+    team = threadIdx.x / kWarpSize / team_warps;
+    warp = threadIdx.x / kWarpSize % team_warps;
+    rank = static_cast<int>(cluster_rank());
+  }
+};
+
+__device__ __forceinline__ void team_barrier(const Place& place, int team_warps) {
+#if defined(GRACE_EMULATE)
+  __syncthreads();  // all teams of a block take part in every turn there
+#else
+  asm volatile("bar.sync %0, %1;" ::"r"(place.team + 1), "r"(team_warps * kWarpSize) : "memory");
+#endif
+}
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 
@@ -346,49 +368,50 @@ __device__ __forceinline__ void wait_for(uint64_t* barrier, int phase) {
 
 #endif
 
-// What a block expects in a turn: its parts, from every warp of the cluster.
+// What a team expects in a turn: its block's parts, from the team's warps in all blocks.
 template <typename S>
-__device__ __forceinline__ int bytes_of_turn(int cluster) {
-  const int parts = (S::kParts - static_cast<int>(cluster_rank()) + cluster - 1) / cluster;
-  return parts * cluster * S::kThreads * 16;
+__device__ __forceinline__ int bytes_of_turn(const Walk& walk, int rank) {
+  const int parts = (S::kParts - rank + walk.cluster - 1) / walk.cluster;
+  return parts * walk.cluster * walk.team * kWarpSize * 16;
 }
 
 template <typename S>
-__device__ __forceinline__ void init_barriers(Barriers* barriers, int cluster) {
+__device__ __forceinline__ void init_barriers(Barriers* barriers, const Walk& walk) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  if (cluster == 1 || threadIdx.x != 0) return;
+  if (walk.cluster == 1 || threadIdx.x != 0) return;
   const auto init = [](uint64_t* barrier, int count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
                  "r"(count));
   };
-  for (int i = 0; i < 2; ++i) {
-    init(&barriers->full[i], 1);
-    init(&barriers->empty[i], S::kParts);
+  for (int i = 0; i < 2 * S::kWarps / walk.team; ++i) {
+    init(&barriers[i / 2].full[i % 2], 1);
+    init(&barriers[i / 2].empty[i % 2], S::kParts);
   }
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  for (int i = 0; i < 2; ++i) expect_bytes(&barriers->full[i], bytes_of_turn<S>(cluster));
+  const int bytes = bytes_of_turn<S>(walk, static_cast<int>(cluster_rank()));
+  for (int i = 0; i < 2 * S::kWarps / walk.team; ++i)
+    expect_bytes(&barriers[i / 2].full[i % 2], bytes);
 #endif
 }
 
-// Hands this warp's sums to those who add them up.
+// Hands this warp's sums to those who add them up: `sums` and `barriers` are the team's.
 template <typename S>
 __device__ __forceinline__ void share_sums(const Accumulators<S::kTiles> (&total)[S::kBands],
-                                           int cluster, int turn, Barriers* barriers,
-                                           float4* sums) {
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+                                           const Walk& walk, const Place& place, int turn,
+                                           Barriers* barriers, float4* sums) {
+  const int sources = walk.cluster * walk.team;
+  float4* const mine = sums + (place.rank * walk.team + place.warp) * kWarpSize + place.lane;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  if (cluster > 1) {
+  if (walk.cluster > 1) {
     const int slot = turn % 2;
     if (turn >= 2) wait_for(&barriers->empty[slot], (turn / 2 - 1) % 2);
-    const float4* const mine =
-        sums + (static_cast<int>(cluster_rank()) * S::kWarps + warp) * kWarpSize + lane;
 #pragma unroll
     for (int p = 0; p < S::kParts; ++p) {
       const float(&v)[4] = total[p / S::kTiles].v[p % S::kTiles];
-      const int owner = p % cluster;
+      const int owner = p & (walk.cluster - 1);
       asm volatile(
           "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, "
-          "[%5];" ::"r"(address_in(mine + p / cluster * cluster * S::kThreads, owner)),
+          "[%5];" ::"r"(address_in(mine + (p / walk.cluster) * sources * kWarpSize, owner)),
           "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]),
           "r"(address_in(&barriers->full[slot], owner))
           : "memory");
@@ -399,9 +422,9 @@ __device__ __forceinline__ void share_sums(const Accumulators<S::kTiles> (&total
 #pragma unroll
   for (int p = 0; p < S::kParts; ++p) {
     const float(&v)[4] = total[p / S::kTiles].v[p % S::kTiles];
-    sums[(p * S::kWarps + warp) * kWarpSize + lane] = {v[0], v[1], v[2], v[3]};
+    mine[p * sources * kWarpSize] = {v[0], v[1], v[2], v[3]};
   }
-  __syncthreads();
+  team_barrier(place, walk.team);
 }
 
 // Epilogue of a part: bias, SwiGLU, residual, the one rounding.
@@ -430,55 +453,57 @@ __device__ __forceinline__ void write_part(const Call<T>& call, int band, int p,
 // Out of line: it stands in the unrolled loop as often as there are slots, and code that is run
 // once a band must not push the rest out of the instruction caches.
 template <typename S, typename T>
-__device__ __noinline__ void finish_parts(const Call<T>& call, int cluster, int band, int turn,
+__device__ __noinline__ void finish_parts(const Call<T>& call, const Walk& walk, int band, int turn,
                                           Barriers* barriers, const float4* sums) {
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const int rank = static_cast<int>(cluster_rank());
-  const int sources = cluster * S::kWarps;
+  const Place place(walk.team);
+  const int sources = walk.cluster * walk.team;
   // Turn by turn another warp has the work.
-  for (int place = (warp + turn) % S::kWarps; place * cluster + rank < S::kParts;
-       place += S::kWarps) {
+  for (int i = (place.warp + turn) % walk.team; i * walk.cluster + place.rank < S::kParts;
+       i += walk.team) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    if (cluster > 1) wait_for(&barriers->full[turn % 2], turn / 2 % 2);
+    if (walk.cluster > 1) wait_for(&barriers->full[turn % 2], turn / 2 % 2);
 #endif
     float sum[4] = {};
-#pragma unroll 8
+#pragma unroll 4
     for (int source = 0; source < sources; ++source) {
-      const float4 v = sums[(place * sources + source) * kWarpSize + lane];
+      const float4 v = sums[(i * sources + source) * kWarpSize + place.lane];
       sum[0] += v.x;
       sum[1] += v.y;
       sum[2] += v.z;
       sum[3] += v.w;
     }
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    if (cluster > 1) {
+    if (walk.cluster > 1) {
       __syncwarp();
-      if (lane == 0 && place == 0) expect_bytes(&barriers->full[turn % 2], bytes_of_turn<S>(cluster));
-      if (lane < cluster)
+      if (place.lane == 0 && i == 0)
+        expect_bytes(&barriers->full[turn % 2], bytes_of_turn<S>(walk, place.rank));
+      if (place.lane < walk.cluster)
         asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(
-                         address_in(&barriers->empty[turn % 2], lane))
+                         address_in(&barriers->empty[turn % 2], place.lane))
                      : "memory");
     }
 #endif
 #pragma unroll
     for (float& s : sum) s *= 1.0f / Fraction<T>::kValue;
-    write_part<S>(call, band, place * cluster + rank, sum);
+    write_part<S>(call, band, i * walk.cluster + place.rank, sum);
   }
 }
 
 // --- the kernel -------------------------------------------------------------------------------------
 
 template <int kBits, typename S, int kGroups, typename T>
-__global__ void __launch_bounds__(S::kThreads, S::kBlocksPerSm)
+__global__ void __launch_bounds__(S::kThreads, 1)
     decode_kernel(const __grid_constant__ Call<T> call, const __grid_constant__ Walk walk) {
   GRACE_DYNAMIC_SHARED(shared);
-  const int warp = threadIdx.x / kWarpSize, rank = static_cast<int>(cluster_rank());
-  const int block_first = walk.k_tiles * rank / walk.cluster;
-  const int tiles = walk.k_tiles * (rank + 1) / walk.cluster - block_first;
-  const int first = block_first + tiles * warp / S::kWarps;
-  const int last = block_first + tiles * (warp + 1) / S::kWarps;
-  const int step = static_cast<int>(gridDim.x) / walk.cluster * S::kBands;
-  int band = static_cast<int>(blockIdx.x) / walk.cluster * S::kBands;
+  const Place place(walk.team);
+  const int block_first = walk.k_tiles * place.rank / walk.cluster;
+  const int tiles = walk.k_tiles * (place.rank + 1) / walk.cluster - block_first;
+  const int first = block_first + tiles * place.warp / walk.team;
+  const int last = block_first + tiles * (place.warp + 1) / walk.team;
+  const int teams = S::kWarps / walk.team, clusters = static_cast<int>(gridDim.x) / walk.cluster;
+  // Teams of one block are far apart, so that bands left over go to different blocks.
+  const int step = clusters * teams * S::kBands;
+  int band = (place.team * clusters + static_cast<int>(blockIdx.x) / walk.cluster) * S::kBands;
 
   constexpr int kAhead = S::kAhead * 4 / kBits;  // the same bytes whatever the width
   Slot<kBits, S::kBands, kGroups> slots[kAhead];
@@ -488,10 +513,10 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocksPerSm)
   for (int i = 0; i < kAhead; ++i) loader.next(slots[i]);
 
   Barriers* const barriers = reinterpret_cast<Barriers*>(shared);
-  float4* const sums = reinterpret_cast<float4*>(shared + kBarrierBytes);  // twice, in turns
+  float4* const sums = reinterpret_cast<float4*>(shared + kBarrierBytes<S>);  // twice, in turns
   const int sum_bytes = S::sum_bytes(walk.cluster);
-  unsigned char* const x = shared + kBarrierBytes + 2 * sum_bytes;
-  init_barriers<S>(barriers, walk.cluster);
+  unsigned char* const x = shared + kBarrierBytes<S> + 2 * sum_bytes;
+  init_barriers<S>(barriers, walk);
   wait_for_previous_kernel();
   load_x<S::kThreads>(call.x, walk, block_first, tiles, x);
   cluster_barrier(walk.cluster);  // also: every block runs before another writes to it
@@ -499,11 +524,10 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocksPerSm)
   // This lane's chunks of x for load_fragments. Where x has fewer rows the last one stands for them:
   // what comes of it is not written.
   const unsigned char *first_x[S::kTiles], *tile_x[S::kTiles];
-  const int lane = threadIdx.x % kWarpSize;
 #pragma unroll
   for (int j = 0; j < S::kTiles; ++j) {
-    const int row = std::min(j * 8 + lane % 8, walk.m - 1);
-    first_x[j] = x + row * row_bytes(tiles) + (first - block_first) * kTile * 2 + lane / 8 * 16;
+    const int row = std::min(j * 8 + place.lane % 8, walk.m - 1);
+    first_x[j] = x + row * row_bytes(tiles) + (first - block_first) * kTile * 2 + place.lane / 8 * 16;
     tile_x[j] = first_x[j];
   }
 
@@ -517,9 +541,9 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocksPerSm)
 #pragma unroll
       for (int j = 0; j < S::kTiles; ++j) tile_x[j] += kTile * 2;
       if (--left == 0) {
-        float4* const here = sums + turn % 2 * (sum_bytes / 16);
-        share_sums<S>(total, walk.cluster, turn, barriers, here);
-        finish_parts<S>(call, walk.cluster, band, turn, barriers, here);
+        float4* const here = sums + turn % 2 * (sum_bytes / 16) + sum_bytes / 16 / teams * place.team;
+        share_sums<S>(total, walk, place, turn, barriers + place.team, here);
+        finish_parts<S>(call, walk, band, turn, barriers + place.team, here);
 #pragma unroll
         for (int b = 0; b < S::kBands; ++b) total[b] = {};
 #pragma unroll
@@ -531,6 +555,10 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocksPerSm)
       }
     }
   }
+#if defined(GRACE_EMULATE)
+  const int turns = ceil_div(walk.bands - static_cast<int>(blockIdx.x) * S::kBands, step);
+  for (; turn < turns; ++turn) team_barrier(place, walk.team);
+#endif
   if (walk.cluster > 1) cluster_barrier(walk.cluster);  // nobody writes to a block that has left
 }
 
@@ -568,64 +596,66 @@ const Device& Device::of(int device) {
 }
 #endif
 
-using Few = Shape<1, 1, 16, 8, 1>;         // up to 8 rows of x
-using FewHalf = Shape<1, 1, 8, 8, 2>;      // the same, two blocks a multiprocessor
-using FewPairs = Shape<1, 2, 8, 8, 1>;     // two bands at once
-using FewQuarter = Shape<1, 1, 4, 8, 4>;   // four blocks a multiprocessor
-using Sixteen = Shape<2, 1, 16, 7, 1>;     // up to 16
-using SixteenPairs = Shape<2, 2, 8, 8, 1>;
-using Some = Shape<4, 1, 16, 4, 1>;        // up to 32
-using SomePairs = Shape<4, 2, 8, 7, 1>;
+using Few = Shape<1, 1, 16, 8>;       // up to 8 rows of x
+using FewPairs = Shape<1, 2, 8, 8>;   // two bands at once: half the reads of x
+using More = Shape<2, 1, 16, 7>;      // up to 16
+using MorePairs = Shape<2, 2, 8, 8>;
+using Most = Shape<4, 1, 16, 4>;      // up to 32
+using MostPairs = Shape<4, 2, 8, 7>;
 
-// Calls f(shape, cluster) with what a variant's number stands for: variant = 4 * shape + log2 of
-// the blocks of a cluster.
+// How the warps of a block and the blocks of a cluster split K.
+struct Split {
+  int cluster, team;
+};
+
+// Calls f(shape, split) with what a variant's number stands for:
+// 16 * shape + 4 * log2(cluster) + log2(teams of a block).
 template <typename F>
 bool with_variant(int variant, F&& f) {
-  const int cluster = 1 << variant % 4;
-  switch (variant / 4) {
+  const auto call = [&](auto shape) {
+    return f(shape, Split{1 << variant / 4 % 4, decltype(shape)::kWarps >> variant % 4});
+  };
+  switch (variant / 16) {
     case 0:
-      return f(Few{}, cluster);
+      return call(Few{});
     case 1:
-      return f(FewHalf{}, cluster);
+      return call(FewPairs{});
     case 2:
-      return f(FewPairs{}, cluster);
+      return call(More{});
     case 3:
-      return f(Sixteen{}, cluster);
+      return call(MorePairs{});
     case 4:
-      return f(SixteenPairs{}, cluster);
+      return call(Most{});
     case 5:
-      return f(Some{}, cluster);
-    case 6:
-      return f(SomePairs{}, cluster);
-    case 7:
-      return f(FewQuarter{}, cluster);
+      return call(MostPairs{});
     default:
       return false;
   }
 }
-constexpr int kVariants = 8 * 4;
+constexpr int kVariants = 6 * 16;
 
 template <typename S>
 int64_t shared_bytes(const Problem& p, int cluster) {
   const auto tiles = static_cast<int>(ceil_div<int64_t>(p.k_tiles, cluster));
-  return kBarrierBytes + 2 * S::sum_bytes(cluster) + p.m * row_bytes(tiles);
+  return kBarrierBytes<S> + 2 * S::sum_bytes(cluster) + p.m * row_bytes(tiles);
 }
 
 template <typename S, typename T>
-bool fits(const Call<T>& call, int cluster, const Device& device) {
+bool fits(const Call<T>& call, const Split& split, const Device& device) {
   const Problem& p = call.problem;
   const bool groups =
       p.group_size % kTile == 0 || (p.group_size == kTile / 2 && p.k % kTile == 0);
   const bool aligned = p.k % 8 == 0 && reinterpret_cast<uintptr_t>(call.x) % 16 == 0;
-  return p.m <= S::kTiles * 8 && groups && aligned && !call.scales.is_float &&
-         p.k_tiles < 1 << 16 && (call.scales.is_bf16 || std::is_same_v<T, fp16>)&& p.k_tiles >= int64_t{cluster} * S::kWarps &&
-         (cluster == 1 || device.capability >= 90) &&
-         shared_bytes<S>(p, cluster) * S::kBlocksPerSm + 1024 * (S::kBlocksPerSm - 1) <=
-             device.shared_bytes;
+  const bool scales = !call.scales.is_float && (call.scales.is_bf16 || std::is_same_v<T, fp16>);
+  const bool small = p.k_tiles < 1 << 16 && p.n_tiles < 1 << 24;
+  return p.m <= S::kTiles * 8 && groups && aligned && scales && small &&
+         p.k_tiles >= int64_t{split.cluster} * split.team &&
+         (split.cluster == 1 || device.capability >= 90) &&
+         shared_bytes<S>(p, split.cluster) <= device.shared_bytes;
 }
 
 template <int kBits, typename S, typename T>
-void launch_decode(const Call<T>& call, int cluster, int device) {
+void launch_decode(const Call<T>& call, const Split& split, int device) {
   const Problem& p = call.problem;
   const Device& d = Device::of(device);
   const auto i = [](int64_t x) { return static_cast<int>(x); };
@@ -636,14 +666,15 @@ void launch_decode(const Call<T>& call, int cluster, int device) {
                   i(bands),
                   i(p.groups()),
                   i(call.scales.stride),
-                  cluster,
+                  split.cluster,
+                  split.team,
                   i(std::max<int64_t>(1, p.group_size / kTile))};
-  const int64_t most = d.processors * S::kBlocksPerSm / cluster;
+  const int64_t most = d.processors / split.cluster;
   const auto clusters = static_cast<unsigned>(std::min(bands / S::kBands, most));
-  LaunchShape shape{clusters * cluster, S::kThreads,
-                    static_cast<size_t>(shared_bytes<S>(p, cluster))};
+  LaunchShape shape{clusters * split.cluster, S::kThreads,
+                    static_cast<size_t>(shared_bytes<S>(p, split.cluster))};
   shape.dependent = d.capability >= 90;
-  shape.cluster = static_cast<unsigned>(cluster);
+  shape.cluster = static_cast<unsigned>(split.cluster);
   if (p.group_size < kTile) {
     launch(decode_kernel<kBits, S, 2, T>, shape, device, call, walk);
   } else {
@@ -657,15 +688,15 @@ int decode_variants() { return kVariants; }
 
 template <int kBits, typename T>
 bool decode_runs(const Call<T>& call, int variant, int device) {
-  return with_variant(variant, [&](auto shape, int cluster) {
-    return fits<decltype(shape)>(call, cluster, Device::of(device));
+  return with_variant(variant, [&](auto shape, const Split& split) {
+    return fits<decltype(shape)>(call, split, Device::of(device));
   });
 }
 
 template <int kBits, typename T>
 void decode(const Call<T>& call, int variant, int device) {
-  with_variant(variant, [&](auto shape, int cluster) {
-    launch_decode<kBits, decltype(shape)>(call, cluster, device);
+  with_variant(variant, [&](auto shape, const Split& split) {
+    launch_decode<kBits, decltype(shape)>(call, split, device);
     return true;
   });
 }
