@@ -4,7 +4,8 @@
 
 accumulated in fp32 and rounded once, to x's dtype. What follows a projection in a decoder can be
 part of the same kernel: SwiGLU of a gate and an up projection held as one weight, and the residual.
-Weights come from ``grace.packing.pack``; the layout is described there. Inference only: no gradient.
+Weights come from ``grace.packing.pack``; the layout is described there. Inference only: there is
+no gradient.
 """
 
 from __future__ import annotations
@@ -243,6 +244,7 @@ def _(
 
 PLANS = Path(__file__).with_name("dequant_gemm_plans")  # one file of measured rows a GPU
 _ROW = ("bits", "n", "k", "m", "plan")
+_FAMILY, _VARIANTS = 1000, 128  # a plan's number is 1000 · family + variant (csrc/…/plans.h)
 
 # Not ops: questions to the compiled library.
 torch.library.define(
@@ -259,7 +261,8 @@ def plans(
     """The numbers of the kernels that can compute this call on a GPU, each a valid ``plan``."""
     runs = torch.ops.grace.dequant_gemm_runs
     arguments = (x, qweight, scales, bits, group_size, out_features)
-    return [plan for plan in range(400) if runs(*arguments, plan)]
+    numbers = (_FAMILY * family + variant for family in range(5) for variant in range(_VARIANTS))
+    return [plan for plan in numbers if runs(*arguments, plan)]
 
 
 def set_plans(rows: Iterable[Mapping[str, int]]) -> None:

@@ -1,91 +1,9 @@
-// dequant_gemm for few rows of x, sm_80 and later: a read of the weight at the speed of memory.
-//
-// A team of warps computes bands of 16 rows of the weight, one after another. Its warps split K; each
-// reads its tiles of a band straight into registers as the fragments they are, many loads ahead of
-// use, across the end of a band into the next one. The teams of a block share x in shared memory.
-// A team's sums meet in shared memory at the end of a band. Where x is too much for one block, a
-// cluster of blocks splits K again, and their sums meet through each other's shared memory.
-//
-// The split of K depends on the variant and on K alone, so a row of the result does not depend on
-// the others, and sums are added in one order.
-#include <algorithm>
-#include <type_traits>
-
-#include "common/launch.h"
+// dequant_gemm for few rows of x by mma.sync, sm_80 and later. decode.h says how the work is split.
 #include "common/mma.h"
-#include "ops/dequant_gemm/plans.h"
+#include "ops/dequant_gemm/decode.h"
 
 namespace grace::dequant_gemm {
 namespace {
-
-// --- what differs between a GPU and its emulation ------------------------------------------------
-
-// Weights are read once: they need no place in the caches.
-__device__ __forceinline__ uint4 load_once(const uint4* from) {
-#if defined(GRACE_EMULATE)
-  return *from;
-#else
-  uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(from));
-  return v;
-#endif
-}
-
-__device__ __forceinline__ uint32_t load_scale(const uint16_t* from) {
-#if defined(GRACE_EMULATE)
-  return *from;
-#else
-  uint32_t v;  // a register that the load fills by itself: nothing waits for it here
-  asm volatile("ld.global.nc.u16 %0, [%1];" : "=r"(v) : "l"(from));
-  return v;
-#endif
-}
-
-__device__ __forceinline__ unsigned cluster_rank() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  unsigned rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-#else
-  return 0;
-#endif
-}
-
-// All threads of all blocks of the cluster; what they wrote before is visible after.
-__device__ __forceinline__ void cluster_barrier(int blocks) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  if (blocks > 1) {
-    asm volatile(
-        "barrier.cluster.arrive.release.aligned;\n"
-        "barrier.cluster.wait.acquire.aligned;" ::
-            : "memory");
-    return;
-  }
-#endif
-  __syncthreads();
-}
-
-// Copies 16 bytes, or zeros if not `inside`, to shared memory; done after copies_done.
-template <typename T>
-__device__ __forceinline__ void copy_chunk(unsigned char* to, const T* from, bool inside) {
-#if defined(GRACE_EMULATE)
-  const uint4 zero = {0, 0, 0, 0};
-  *reinterpret_cast<uint4*>(to) = inside ? *reinterpret_cast<const uint4*>(from) : zero;
-#else
-  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from),
-               "r"(inside ? 16 : 0)
-               : "memory");
-#endif
-}
-
-__device__ __forceinline__ void copies_done() {
-#if !defined(GRACE_EMULATE)
-  asm volatile("cp.async.wait_all;" ::: "memory");
-#endif
-}
 
 // Operand B for 32 columns and 8 rows of x: {b0, b1} of the first 16 columns, then of the others.
 // `chunk` is this lane's: row lane % 8, columns 8 * (lane / 8) and on.
@@ -109,34 +27,9 @@ __device__ __forceinline__ uint4 load_fragments(const unsigned char* chunk) {
   return v;
 }
 
-// --- sizes ----------------------------------------------------------------------------------------
-
-template <int kTiles_, int kBands_, int kWarps_, int kAhead_>
-struct Shape {
-  static constexpr int kTiles = kTiles_;  // of 8 rows of x
-  static constexpr int kBands = kBands_;  // of 16 rows of the weight, that a warp has in work
-  static constexpr int kWarps = kWarps_;
-  static constexpr int kAhead = kAhead_;  // tiles of 4-bit codes that a warp loads ahead
-  static constexpr int kThreads = kWarps * kWarpSize;
-  static constexpr int kParts = kBands * kTiles;  // fragments of sums of a warp
-
-  // Of the sums that meet in one block: its share of the parts, from all warps of the cluster.
-  GRACE_HOST_DEVICE static constexpr int sum_bytes(int cluster) {
-    return (kParts + cluster - 1) / cluster * cluster * kThreads * 16;
-  }
-};
-
 // A row of x in shared memory: whole tiles, and 16 bytes that shift the next row's banks so that
 // the eight rows of a fragment are read without conflicts.
 GRACE_HOST_DEVICE constexpr int row_bytes(int tiles) { return tiles * kTile * 2 + 16; }
-
-// What the kernel works with beside the call, in the integers that a GPU is quick with.
-struct Walk {
-  int m, k, k_tiles, bands, groups, scale_stride;
-  int cluster;        // blocks that split K
-  int team;           // warps of a team, which split it again: a power of two
-  int tiles_a_group;  // unless a tile has two groups
-};
 
 // --- x into shared memory --------------------------------------------------------------------------
 
@@ -156,98 +49,7 @@ __device__ __forceinline__ void load_x(const T* x, const Walk& walk, int first, 
   copies_done();
 }
 
-// --- the stream of weights -----------------------------------------------------------------------
-
-// One tile's share of a warp, on its way from memory.
-template <int kBits, int kBands, int kGroups>
-struct Slot {
-  uint4 words[kBands][kBits / 4];
-  uint32_t scales[kGroups][kBands][2];  // of rows gid and gid + 8, as they are stored
-};
-
-// Walks a warp's tiles, band after band, and starts their loads. Additions and counters only: what
-// is done here is done for every tile.
-template <int kBits, int kBands, int kGroups>
-class Loader {
- public:
-  __device__ __forceinline__ Loader(const Walk& walk, const uint32_t* qweight, const void* scales,
-                                    int first, int last, int band, int step)
-      : walk_(walk),
-        first_words_(reinterpret_cast<const uint4*>(qweight) +
-                     int64_t{first} * (Layout<kBits>::kTileWords / 4) + threadIdx.x % kWarpSize),
-        first_scales_(static_cast<const uint16_t*>(scales) +
-                      (kGroups == 1 ? first / walk.tiles_a_group : kGroups * first) *
-                          int64_t{walk.scale_stride} +
-                      threadIdx.x % kWarpSize / 4),
-        tiles_(last - first),
-        first_left_(kGroups == 1 ? walk.tiles_a_group - first % walk.tiles_a_group : 1),
-        second_(kGroups == 1 ? 0 : walk.scale_stride),
-        step_(step),
-        band_(band) {
-    enter();
-  }
-
-  __device__ __forceinline__ void next(Slot<kBits, kBands, kGroups>& slot) {
-    if (band_ < walk_.bands) {
-#pragma unroll
-      for (int b = 0; b < kBands; ++b) {
-#pragma unroll
-        for (int i = 0; i < kBits / 4; ++i)
-          slot.words[b][i] =
-              load_once(words_ + b * (Layout<kBits>::kBandWords / 4) + i * kWarpSize);
-#pragma unroll
-        for (int g = 0; g < kGroups; ++g) {
-          slot.scales[g][b][0] = load_scale(scales_ + g * second_ + b * kBand);
-          slot.scales[g][b][1] = load_scale(scales_ + g * second_ + b * kBand + 8);
-        }
-      }
-    }
-    words_ += Layout<kBits>::kTileWords / 4;
-    if (--group_left_ == 0) {
-      scales_ += kGroups * walk_.scale_stride;
-      group_left_ = kGroups == 1 ? walk_.tiles_a_group : 1;
-    }
-    if (--tiles_left_ == 0) {
-      band_ += step_;
-      enter();
-    }
-  }
-
- private:
-  __device__ __forceinline__ void enter() {
-    constexpr unsigned kBandsOfTile = kTile / kBand;
-    const auto band = static_cast<unsigned>(band_);
-    words_ = first_words_ +
-             int64_t{band / kBandsOfTile} * walk_.k_tiles * (Layout<kBits>::kTileWords / 4) +
-             band % kBandsOfTile * (Layout<kBits>::kBandWords / 4);
-    scales_ = first_scales_ + band_ * kBand;
-    tiles_left_ = tiles_;
-    group_left_ = first_left_;
-  }
-
-  const Walk& walk_;
-  const uint4* const first_words_;  // this lane's, in band 0
-  const uint16_t* const first_scales_;
-  const int tiles_, first_left_, second_, step_;
-  int band_, tiles_left_ = 0, group_left_ = 0;
-  const uint4* words_ = nullptr;
-  const uint16_t* scales_ = nullptr;
-};
-
-// --- arithmetic ------------------------------------------------------------------------------------
-
-// With x in bf16 scales are bf16 (`fits`); with fp16 they are either.
-template <typename T>
-__device__ __forceinline__ float scale_of(uint32_t stored, bool is_bf16) {
-  const auto bits = static_cast<uint16_t>(stored);
-  if (std::is_same_v<T, bf16> || is_bf16) return to_float(bf16{bits});
-  return to_float(fp16{bits});
-}
-
-template <int kTiles>
-struct Accumulators {
-  float v[kTiles][4] = {};
-};
+// --- arithmetic ---
 
 // One tile of K, for the bands of a warp: codes exactly, scales in fp32 at the end of a group.
 template <int kBits, typename S, int kGroups, typename T>
@@ -297,202 +99,10 @@ __device__ __forceinline__ void multiply_tile(const Slot<kBits, S::kBands, kGrou
   }
 }
 
-// --- the end of a band: sums of all warps, and of all blocks of a cluster ---------------------------
-
-// Part p of the sums (a band and 8 rows of x) is added up in block p % cluster of the cluster, by
-// one warp of the team there. Places for them are there twice, for turns to overlap:
-//   [turn % 2][team][place p / cluster][warp of the team, in every block of the cluster][lane]
-// In one block a barrier says that all are there. In a cluster each turn has two mbarriers:
-// `full` counts the bytes that have come, `empty` the parts that were read in the turn before last.
-struct Barriers {
-  uint64_t full[2], empty[2];
-};
-
-template <typename S>
-constexpr int kBarrierBytes = S::kWarps * sizeof(Barriers);  // for teams of one warp
-
-// Where a warp stands.
-struct Place {
-  int lane, team, warp;  // the warp within its team
-  int rank;              // of the block in its cluster
-
-  __device__ __forceinline__ explicit Place(int team_warps) {
-    lane = threadIdx.x % kWarpSize;
-    team = threadIdx.x / kWarpSize / team_warps;
-    warp = threadIdx.x / kWarpSize % team_warps;
-    rank = static_cast<int>(cluster_rank());
-  }
-};
-
-__device__ __forceinline__ void team_barrier(const Place& place, int team_warps) {
-#if defined(GRACE_EMULATE)
-  __syncthreads();  // all teams of a block take part in every turn there
-#else
-  asm volatile("bar.sync %0, %1;" ::"r"(place.team + 1), "r"(team_warps * kWarpSize) : "memory");
-#endif
-}
-
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
-
-// The same place in the shared memory of block `rank`.
-__device__ __forceinline__ uint32_t address_in(const void* p, int rank) {
-  uint32_t remote;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
-               : "=r"(remote)
-               : "r"(shared_address(p)), "r"(rank));
-  return remote;
-}
-
-__device__ __forceinline__ void expect_bytes(uint64_t* barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                   shared_address(barrier)),
-               "r"(bytes)
-               : "memory");
-}
-
-__device__ __forceinline__ void wait_for(uint64_t* barrier, int phase) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again;\n"
-      "}" ::"r"(shared_address(barrier)),
-      "r"(phase)
-      : "memory");
-}
-
-#endif
-
-// What a team expects in a turn: its block's parts, from the team's warps in all blocks.
-template <typename S>
-__device__ __forceinline__ int bytes_of_turn(const Walk& walk, int rank) {
-  const int parts = (S::kParts - rank + walk.cluster - 1) / walk.cluster;
-  return parts * walk.cluster * walk.team * kWarpSize * 16;
-}
-
-template <typename S>
-__device__ __forceinline__ void init_barriers(Barriers* barriers, const Walk& walk) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  if (walk.cluster == 1 || threadIdx.x != 0) return;
-  const auto init = [](uint64_t* barrier, int count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
-                 "r"(count));
-  };
-  for (int i = 0; i < 2 * S::kWarps / walk.team; ++i) {
-    init(&barriers[i / 2].full[i % 2], 1);
-    init(&barriers[i / 2].empty[i % 2], S::kParts);
-  }
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  const int bytes = bytes_of_turn<S>(walk, static_cast<int>(cluster_rank()));
-  for (int i = 0; i < 2 * S::kWarps / walk.team; ++i)
-    expect_bytes(&barriers[i / 2].full[i % 2], bytes);
-#endif
-}
-
-// Hands this warp's sums to those who add them up: `sums` and `barriers` are the team's.
-template <typename S>
-__device__ __forceinline__ void share_sums(const Accumulators<S::kTiles> (&total)[S::kBands],
-                                           const Walk& walk, const Place& place, int turn,
-                                           Barriers* barriers, float4* sums) {
-  const int sources = walk.cluster * walk.team;
-  float4* const mine = sums + (place.rank * walk.team + place.warp) * kWarpSize + place.lane;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  if (walk.cluster > 1) {
-    const int slot = turn % 2;
-    if (turn >= 2) wait_for(&barriers->empty[slot], (turn / 2 - 1) % 2);
-#pragma unroll
-    for (int p = 0; p < S::kParts; ++p) {
-      const float(&v)[4] = total[p / S::kTiles].v[p % S::kTiles];
-      const int owner = p & (walk.cluster - 1);
-      asm volatile(
-          "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, "
-          "[%5];" ::"r"(address_in(mine + (p / walk.cluster) * sources * kWarpSize, owner)),
-          "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]),
-          "r"(address_in(&barriers->full[slot], owner))
-          : "memory");
-    }
-    return;
-  }
-#endif
-#pragma unroll
-  for (int p = 0; p < S::kParts; ++p) {
-    const float(&v)[4] = total[p / S::kTiles].v[p % S::kTiles];
-    mine[p * sources * kWarpSize] = {v[0], v[1], v[2], v[3]};
-  }
-  team_barrier(place, walk.team);
-}
-
-// Epilogue of a part: bias, SwiGLU, residual, the one rounding.
-template <typename S, typename T>
-__device__ __forceinline__ void write_part(const Call<T>& call, int band, int p,
-                                           const float (&sum)[4]) {
-  const int lane = threadIdx.x % kWarpSize;
-  const int64_t row = int64_t{band + p / S::kTiles} * kBand + lane / 4;
-  const int64_t columns = call.columns();
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int64_t m = p % S::kTiles * 8 + lane % 4 * 2 + i;
-    if (m >= call.problem.m) break;
-    T* const out = call.out + m * columns;
-    const float low = call.biased(sum[i], row), high = call.biased(sum[i + 2], row + 8);
-    if (call.swiglu) {
-      const int64_t column = swiglu_column(row);
-      if (column < columns) out[column] = call.finished(swiglu(low, high), m, column);
-    } else {
-      if (row < columns) out[row] = call.finished(low, m, row);
-      if (row + 8 < columns) out[row + 8] = call.finished(high, m, row + 8);
-    }
-  }
-}
-
-// Out of line: it stands in the unrolled loop as often as there are slots, and code that is run
-// once a band must not push the rest out of the instruction caches.
-template <typename S, typename T>
-__device__ __noinline__ void finish_parts(const Call<T>& call, const Walk& walk, int band, int turn,
-                                          Barriers* barriers, const float4* sums) {
-  const Place place(walk.team);
-  const int sources = walk.cluster * walk.team;
-  // Turn by turn another warp has the work.
-  for (int i = (place.warp + turn) % walk.team; i * walk.cluster + place.rank < S::kParts;
-       i += walk.team) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    if (walk.cluster > 1) wait_for(&barriers->full[turn % 2], turn / 2 % 2);
-#endif
-    float sum[4] = {};
-#pragma unroll 4
-    for (int source = 0; source < sources; ++source) {
-      const float4 v = sums[(i * sources + source) * kWarpSize + place.lane];
-      sum[0] += v.x;
-      sum[1] += v.y;
-      sum[2] += v.z;
-      sum[3] += v.w;
-    }
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    if (walk.cluster > 1) {
-      __syncwarp();
-      if (place.lane == 0 && i == 0)
-        expect_bytes(&barriers->full[turn % 2], bytes_of_turn<S>(walk, place.rank));
-      if (place.lane < walk.cluster)
-        asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(
-                         address_in(&barriers->empty[turn % 2], place.lane))
-                     : "memory");
-    }
-#endif
-#pragma unroll
-    for (float& s : sum) s *= 1.0f / Fraction<T>::kValue;
-    write_part<S>(call, band, i * walk.cluster + place.rank, sum);
-  }
-}
-
 // --- the kernel -------------------------------------------------------------------------------------
 
 template <int kBits, typename S, int kGroups, typename T>
-__global__ void __launch_bounds__(S::kThreads, 1)
+__global__ void __launch_bounds__(S::kThreads, S::kBlocksPerSm)
     decode_kernel(const __grid_constant__ Call<T> call, const __grid_constant__ Walk walk) {
   GRACE_DYNAMIC_SHARED(shared);
   const Place place(walk.team);
@@ -564,49 +174,13 @@ __global__ void __launch_bounds__(S::kThreads, 1)
 
 // --- variants ---------------------------------------------------------------------------------------
 
-struct Device {
-  int capability, processors, shared_bytes;
-
-  static const Device& of(int device);
-};
-
-#if defined(GRACE_EMULATE)
-const Device& Device::of(int) {
-  static const Device emulated{80, 2, 227 * 1024};
-  return emulated;
-}
-#else
-const Device& Device::of(int device) {
-  constexpr int kMost = 64;
-  static Device known[kMost];
-  STD_TORCH_CHECK(device >= 0 && device < kMost, "grace: no such device: ", device);
-  Device& d = known[device];
-  if (d.capability == 0) {
-    const auto get = [device](cudaDeviceAttr attribute) {
-      int value = 0;
-      check_cuda(cudaDeviceGetAttribute(&value, attribute, device), "reading a device attribute");
-      return value;
-    };
-    d.processors = get(cudaDevAttrMultiProcessorCount);
-    d.shared_bytes = get(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-    d.capability =
-        get(cudaDevAttrComputeCapabilityMajor) * 10 + get(cudaDevAttrComputeCapabilityMinor);
-  }
-  return d;
-}
-#endif
-
 using Few = Shape<1, 1, 16, 8>;       // up to 8 rows of x
 using FewPairs = Shape<1, 2, 8, 8>;   // two bands at once: half the reads of x
 using More = Shape<2, 1, 16, 7>;      // up to 16
 using MorePairs = Shape<2, 2, 8, 8>;
 using Most = Shape<4, 1, 16, 4>;      // up to 32
 using MostPairs = Shape<4, 2, 8, 7>;
-
-// How the warps of a block and the blocks of a cluster split K.
-struct Split {
-  int cluster, team;
-};
+using FewHalf = Shape<1, 1, 8, 8, 2>;  // two blocks a multiprocessor: the next kernel starts early
 
 // Calls f(shape, split) with what a variant's number stands for:
 // 16 * shape + 4 * log2(cluster) + log2(teams of a block).
@@ -628,11 +202,13 @@ bool with_variant(int variant, F&& f) {
       return call(Most{});
     case 5:
       return call(MostPairs{});
+    case 6:
+      return call(FewHalf{});
     default:
       return false;
   }
 }
-constexpr int kVariants = 6 * 16;
+constexpr int kVariants = 7 * 16;
 
 template <typename S>
 int64_t shared_bytes(const Problem& p, int cluster) {
@@ -643,39 +219,18 @@ int64_t shared_bytes(const Problem& p, int cluster) {
 template <typename S, typename T>
 bool fits(const Call<T>& call, const Split& split, const Device& device) {
   const Problem& p = call.problem;
-  const bool groups =
-      p.group_size % kTile == 0 || (p.group_size == kTile / 2 && p.k % kTile == 0);
-  const bool aligned = p.k % 8 == 0 && reinterpret_cast<uintptr_t>(call.x) % 16 == 0;
-  const bool scales = !call.scales.is_float && (call.scales.is_bf16 || std::is_same_v<T, fp16>);
-  const bool small = p.k_tiles < 1 << 16 && p.n_tiles < 1 << 24;
-  return p.m <= S::kTiles * 8 && groups && aligned && scales && small &&
+  const int64_t shared = (shared_bytes<S>(p, split.cluster) + 1024) * S::kBlocksPerSm - 1024;
+  return p.m <= S::kTiles * 8 && readable(call) && split.team > 0 &&
          p.k_tiles >= int64_t{split.cluster} * split.team &&
-         (split.cluster == 1 || device.capability >= 90) &&
-         shared_bytes<S>(p, split.cluster) <= device.shared_bytes;
+         (split.cluster == 1 || device.capability >= 90) && shared <= device.shared_bytes;
 }
 
 template <int kBits, typename S, typename T>
 void launch_decode(const Call<T>& call, const Split& split, int device) {
-  const Problem& p = call.problem;
-  const Device& d = Device::of(device);
-  const auto i = [](int64_t x) { return static_cast<int>(x); };
-  const int64_t bands = p.n_tiles * (kTile / kBand);
-  const Walk walk{i(p.m),
-                  i(p.k),
-                  i(p.k_tiles),
-                  i(bands),
-                  i(p.groups()),
-                  i(call.scales.stride),
-                  split.cluster,
-                  split.team,
-                  i(std::max<int64_t>(1, p.group_size / kTile))};
-  const int64_t most = d.processors / split.cluster;
-  const auto clusters = static_cast<unsigned>(std::min(bands / S::kBands, most));
-  LaunchShape shape{clusters * split.cluster, S::kThreads,
-                    static_cast<size_t>(shared_bytes<S>(p, split.cluster))};
-  shape.dependent = d.capability >= 90;
-  shape.cluster = static_cast<unsigned>(split.cluster);
-  if (p.group_size < kTile) {
+  const Walk walk = walk_of(call, split);
+  const auto shape =
+      shape_of<S>(walk, shared_bytes<S>(call.problem, split.cluster), Device::of(device));
+  if (call.problem.group_size < kTile) {
     launch(decode_kernel<kBits, S, 2, T>, shape, device, call, walk);
   } else {
     launch(decode_kernel<kBits, S, 1, T>, shape, device, call, walk);

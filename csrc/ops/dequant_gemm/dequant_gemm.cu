@@ -224,6 +224,9 @@ bool runs(const Call<T>& call, const Plan& plan, int device) {
       return plan.variant < decode_variants() && decode_runs<kBits>(call, plan.variant, device);
     case Family::kPrefill:
       return plan.variant < prefill_variants() && prefill_runs<kBits>(call, plan.variant, device);
+    case Family::kWarpgroup:
+      return plan.variant < warpgroup_variants() &&
+             warpgroup_runs<kBits>(call, plan.variant, device);
   }
   return false;
 }
@@ -253,6 +256,8 @@ void run_plan(const Call<T>& call, const Plan& plan, int device) {
       return decode<kBits>(call, plan.variant, device);
     case Family::kPrefill:
       return prefill<kBits>(call, plan.variant, device);
+    case Family::kWarpgroup:
+      return warpgroup<kBits>(call, plan.variant, device);
   }
 }
 
