@@ -110,7 +110,7 @@ def linear_gated_dkd(
         student_head,
         teacher_hidden.detach(),
         teacher_head.detach(),
-        labels,
+        labels.contiguous(),
         temperature,
         alpha,
         beta,
@@ -263,8 +263,9 @@ def _backward(
     ctx: Any, grad_loss: Tensor, _gate: Tensor, grad_ce: Tensor, _saved: Tensor
 ) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad[:2]
+    # The gradient of a sum is one number, expanded; kernels read rows one after another.
     grads = torch.ops.grace.linear_gated_dkd_backward(
-        grad_loss, grad_ce, *ctx.saved_tensors, *ctx.settings, *needs
+        grad_loss.contiguous(), grad_ce.contiguous(), *ctx.saved_tensors, *ctx.settings, *needs
     )
     found = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
     return (*found, *(None,) * 8)

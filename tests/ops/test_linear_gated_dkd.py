@@ -225,11 +225,29 @@ def test_compiles_once_for_any_number_of_rows():
             torch.testing.assert_close(actual, with_gradients(linear_gated_dkd, case))
 
 
-def test_non_contiguous_input():
-    case = make_case()
+def test_non_contiguous_input(device):
+    case = make_case(device=device)
     strided = tuple(t.t().contiguous().t() for t in case[:4])
     actual = with_gradients(linear_gated_dkd, (*strided, case[4].repeat_interleave(2)[::2]))
     torch.testing.assert_close(actual, with_gradients(linear_gated_dkd, case))
+
+
+@pytest.mark.parametrize("op", ["linear_gated_dkd", "linear_gated_dkd_backward"])
+def test_kernels_are_given_contiguous_rows(monkeypatch, op):
+    """Gradients of sums are expanded, labels may be strided; on a GPU chunks are views of them."""
+    per_row = {"linear_gated_dkd": [4], "linear_gated_dkd_backward": [0, 1, 6, 7]}[op]
+    case = make_case()
+    case = (*case[:4], case[4].repeat_interleave(2)[::2])
+    called, given = getattr(torch.ops.grace, op), []
+
+    def record(*arguments: Any) -> Any:
+        given.extend(arguments[i] for i in per_row)
+        return called(*arguments)
+
+    monkeypatch.setattr(torch.ops.grace, op, record)
+    with_gradients(linear_gated_dkd, case)
+    assert len(given) == len(per_row)
+    assert all(tensor.is_contiguous() for tensor in given)
 
 
 def test_repeats_bitwise(device):
