@@ -75,9 +75,7 @@ def dequant_gemm(
     if residual is not None:
         residual = residual.contiguous()
     if x.dtype == torch.float64:
-        return reference(
-            x, qweight, scales, bias, bits, group_size, out_features, residual, swiglu
-        )
+        return reference(x, qweight, scales, bias, bits, group_size, out_features, residual, swiglu)
     return _op(
         x.contiguous(),
         qweight,
@@ -261,7 +259,7 @@ def plans(
     """The numbers of the kernels that can compute this call on a GPU, each a valid ``plan``."""
     runs = torch.ops.grace.dequant_gemm_runs
     arguments = (x, qweight, scales, bits, group_size, out_features)
-    numbers = (_FAMILY * family + variant for family in range(5) for variant in range(_VARIANTS))
+    numbers = (_FAMILY * family + variant for family in range(3) for variant in range(_VARIANTS))
     return [plan for plan in numbers if runs(*arguments, plan)]
 
 
