@@ -149,9 +149,7 @@ def interleave(gate: Tensor, up: Tensor) -> Tensor:
             f"got {up.dtype} {list(up.shape)}"
         )
     if gate.dim() == 0 or gate.shape[0] % 8:
-        raise ValueError(
-            f"interleave: rows must be a multiple of 8, got shape {list(gate.shape)}"
-        )
+        raise ValueError(f"interleave: rows must be a multiple of 8, got shape {list(gate.shape)}")
     eights = [part.unflatten(0, (-1, 8)) for part in (gate, up)]
     return torch.stack(eights, dim=1).flatten(0, 2)
 

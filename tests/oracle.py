@@ -26,12 +26,18 @@ def error_of(actual: Tensor, exact: Tensor) -> Tensor:
 
 
 def assert_accurate(
-    actual: Tensor, exact: Tensor, working: Tensor, *, name: str = "result", factor: float = 2.0
+    actual: Tensor,
+    exact: Tensor,
+    working: Tensor,
+    *,
+    name: str = "result",
+    factor: float = 2.0,
+    ulps: float = 1.0,
 ) -> None:
     """Passes when ``actual`` is at most ``factor`` times as far from ``exact`` as ``working`` is.
 
     ``exact``: the reference on float64 inputs. ``working``: the reference in the working dtype,
-    whose dtype also sets the rounding noise: one unit in the last place of the largest value.
+    whose dtype also sets the rounding noise: ``ulps`` units in the last place of the largest value.
     """
     assert actual.shape == exact.shape, f"{name}: shape {actual.shape}, expected {exact.shape}"
     assert actual.dtype == working.dtype, f"{name}: dtype {actual.dtype}, expected {working.dtype}"
@@ -39,7 +45,7 @@ def assert_accurate(
         return
     error, own = error_of(actual, exact), error_of(working, exact)
     largest = exact.detach().abs().double().nan_to_num(0, 0, 0).max().item()
-    allowed = factor * own.max().item() + torch.finfo(working.dtype).eps * largest
+    allowed = factor * own.max().item() + ulps * torch.finfo(working.dtype).eps * largest
     worst = int(error.argmax())
     place = [int(i) for i in torch.unravel_index(torch.tensor(worst), error.shape)]
     assert error.max().item() <= allowed, (

@@ -75,9 +75,18 @@ def dequant_gemm(
     if residual is not None:
         residual = residual.contiguous()
     if x.dtype == torch.float64:
-        return reference(
-            x, qweight, scales, bias, bits, group_size, out_features, residual, swiglu
+        return reference(x, qweight, scales, bias, bits, group_size, out_features, residual, swiglu)
+    if x.device.type == "cpu" and (swiglu or residual is not None):
+        sums = _op(
+            x.float().contiguous(),
+            qweight,
+            scales,
+            None if bias is None else bias.float(),
+            bits,
+            group_size,
+            out_features,
         )
+        return _finished(sums, residual, swiglu, x.dtype)
     return _op(
         x.contiguous(),
         qweight,
@@ -218,10 +227,15 @@ def reference(
     out = x.to(compute) @ weight.t()
     if bias is not None:
         out = out + bias.to(compute)
+    return _finished(out, residual, swiglu, x.dtype)
+
+
+def _finished(out: Tensor, residual: Tensor | None, swiglu: bool, dtype: torch.dtype) -> Tensor:
+    """SwiGLU, residual and the one rounding, of sums with their bias."""
     if swiglu:
         gate, up = deinterleave(out)
         out = torch.nn.functional.silu(gate) * up
-    return (out if residual is None else out + residual.to(compute)).to(x.dtype)
+    return (out if residual is None else out + residual.to(out.dtype)).to(dtype)
 
 
 @_library.fake("dequant_gemm")
@@ -261,7 +275,7 @@ def plans(
     """The numbers of the kernels that can compute this call on a GPU, each a valid ``plan``."""
     runs = torch.ops.grace.dequant_gemm_runs
     arguments = (x, qweight, scales, bits, group_size, out_features)
-    numbers = (_FAMILY * family + variant for family in range(5) for variant in range(_VARIANTS))
+    numbers = (_FAMILY * family + variant for family in range(3) for variant in range(_VARIANTS))
     return [plan for plan in numbers if runs(*arguments, plan)]
 
 

@@ -68,8 +68,10 @@ def test_kernel_is_accurate(kernels: Kernels, lengths, dtype):
     arguments = (*make_case(lengths, dtype=dtype), 4)
     actual = kernels.cka(*kernels.put(*arguments))
     exact, working = reference(*to_double(*arguments)), reference(*arguments)
+    # A value is a quotient of three sums, each rounded by itself, and of one or two of them the
+    # reference's own error says little: it may happen to be none.
     for name, *values in zip(("value", "saved"), actual, exact, working, strict=True):
-        assert_accurate(*values, name=name)
+        assert_accurate(*values, name=name, ulps=4)
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)

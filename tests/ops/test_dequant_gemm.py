@@ -295,3 +295,14 @@ def test_float32_is_refused_on_a_gpu():
     arguments = [a.cuda() if isinstance(a, Tensor) else a for a in make_case(dtype=torch.float32)]
     with pytest.raises(ValueError, match=r"x must be float16 or bfloat16 on a GPU"):
         through_op(tuple(arguments))
+
+
+@pytest.mark.parametrize("swiglu", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_fused_epilogue_is_accurate_on_a_cpu(swiglu, dtype):
+    x, qweight, scales, bias, bits, group_size, n = make_case(m=9, n=96, dtype=dtype)
+    residual = torch.randn(9, n // 2 if swiglu else n).to(dtype)
+    sizes = {"bits": bits, "group_size": group_size, "out_features": n}
+    actual = dequant_gemm(x, qweight, scales, bias, **sizes, residual=residual, swiglu=swiglu)
+    arguments = (x, qweight, scales, bias, bits, group_size, n, residual, swiglu)
+    assert_accurate(actual, reference(*to_double(*arguments)), reference(*arguments))

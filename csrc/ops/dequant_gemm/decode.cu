@@ -31,7 +31,8 @@ __device__ __forceinline__ uint4 load_fragments(const unsigned char* chunk) {
 // the eight rows of a fragment are read without conflicts.
 GRACE_HOST_DEVICE constexpr int row_bytes(int tiles) { return tiles * kTile * 2 + 16; }
 
-// --- x into shared memory --------------------------------------------------------------------------
+// --- x into shared memory
+// --------------------------------------------------------------------------
 
 // The block's tiles of K, zeros beyond k. K is a multiple of 8.
 template <int kThreads, typename T>
@@ -99,7 +100,8 @@ __device__ __forceinline__ void multiply_tile(const Slot<kBits, S::kBands, kGrou
   }
 }
 
-// --- the kernel -------------------------------------------------------------------------------------
+// --- the kernel
+// -------------------------------------------------------------------------------------
 
 template <int kBits, typename S, int kGroups, typename T>
 __global__ void __launch_bounds__(S::kThreads, S::kBlocksPerSm)
@@ -131,13 +133,14 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocksPerSm)
   load_x<S::kThreads>(call.x, walk, block_first, tiles, x);
   cluster_barrier(walk.cluster);  // also: every block runs before another writes to it
 
-  // This lane's chunks of x for load_fragments. Where x has fewer rows the last one stands for them:
-  // what comes of it is not written.
+  // This lane's chunks of x for load_fragments. Where x has fewer rows the last one stands for
+  // them: what comes of it is not written.
   const unsigned char *first_x[S::kTiles], *tile_x[S::kTiles];
 #pragma unroll
   for (int j = 0; j < S::kTiles; ++j) {
     const int row = std::min(j * 8 + place.lane % 8, walk.m - 1);
-    first_x[j] = x + row * row_bytes(tiles) + (first - block_first) * kTile * 2 + place.lane / 8 * 16;
+    first_x[j] =
+        x + row * row_bytes(tiles) + (first - block_first) * kTile * 2 + place.lane / 8 * 16;
     tile_x[j] = first_x[j];
   }
 
@@ -151,7 +154,8 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocksPerSm)
 #pragma unroll
       for (int j = 0; j < S::kTiles; ++j) tile_x[j] += kTile * 2;
       if (--left == 0) {
-        float4* const here = sums + turn % 2 * (sum_bytes / 16) + sum_bytes / 16 / teams * place.team;
+        float4* const here =
+            sums + turn % 2 * (sum_bytes / 16) + sum_bytes / 16 / teams * place.team;
         share_sums<S>(total, walk, place, turn, barriers + place.team, here);
         finish_parts<S>(call, walk, band, turn, barriers + place.team, here);
 #pragma unroll
@@ -172,13 +176,14 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocksPerSm)
   if (walk.cluster > 1) cluster_barrier(walk.cluster);  // nobody writes to a block that has left
 }
 
-// --- variants ---------------------------------------------------------------------------------------
+// --- variants
+// ---------------------------------------------------------------------------------------
 
-using Few = Shape<1, 1, 16, 8>;       // up to 8 rows of x
-using FewPairs = Shape<1, 2, 8, 8>;   // two bands at once: half the reads of x
-using More = Shape<2, 1, 16, 7>;      // up to 16
+using Few = Shape<1, 1, 16, 8>;      // up to 8 rows of x
+using FewPairs = Shape<1, 2, 8, 8>;  // two bands at once: half the reads of x
+using More = Shape<2, 1, 16, 7>;     // up to 16
 using MorePairs = Shape<2, 2, 8, 8>;
-using Most = Shape<4, 1, 16, 4>;      // up to 32
+using Most = Shape<4, 1, 16, 4>;  // up to 32
 using MostPairs = Shape<4, 2, 8, 7>;
 using FewHalf = Shape<1, 1, 8, 8, 2>;  // two blocks a multiprocessor: the next kernel starts early
 
@@ -256,7 +261,7 @@ void decode(const Call<T>& call, int variant, int device) {
   });
 }
 
-#define GRACE_INSTANTIATE(bits, T)                                 \
+#define GRACE_INSTANTIATE(bits, T)                           \
   template bool decode_runs<bits>(const Call<T>&, int, int); \
   template void decode<bits>(const Call<T>&, int, int);
 GRACE_INSTANTIATE(4, bf16)

@@ -1,12 +1,12 @@
-// What the kernels for few rows of x share, whichever instruction multiplies: a read of the weight at
-// the speed of memory.
+// What the kernels for few rows of x share, whichever instruction multiplies: a read of the weight
+// at the speed of memory.
 //
 // A team of warps computes bands of 16 rows of the weight, one turn after another. Its slices of
 // warps split K; each warp reads its tiles of a band straight into registers as the fragments they
 // are, many loads ahead of use, across the end of a turn into the next one. The teams of a block
-// share x in shared memory. A team's sums meet in shared memory at the end of a turn. Where x is too
-// much for one block, a cluster of blocks splits K again, and their sums meet through each other's
-// shared memory.
+// share x in shared memory. A team's sums meet in shared memory at the end of a turn. Where x is
+// too much for one block, a cluster of blocks splits K again, and their sums meet through each
+// other's shared memory.
 //
 // The split of K depends on the variant and on K alone, so a row of the result does not depend on
 // the others, and sums are added in one order.
@@ -90,7 +90,8 @@ __device__ __forceinline__ void copies_done() {
 #endif
 }
 
-// --- sizes ----------------------------------------------------------------------------------------
+// --- sizes
+// ----------------------------------------------------------------------------------------
 
 template <int kTiles_, int kBands_, int kWarps_, int kAhead_, int kBlocksPerSm_ = 1,
           int kSliceWarps_ = 1>
@@ -102,9 +103,9 @@ struct Shape {
   static constexpr int kBlocksPerSm = kBlocksPerSm_;
   static constexpr int kSliceWarps = kSliceWarps_;  // warps of a team with the same part of K
   static constexpr int kThreads = kWarps * kWarpSize;
-  static constexpr int kFragments = kBands * kTiles;          // of sums, of a warp
-  static constexpr int kTurnBands = kBands * kSliceWarps;     // that a team has in work
-  static constexpr int kParts = kFragments * kSliceWarps;     // fragments that a team makes
+  static constexpr int kFragments = kBands * kTiles;       // of sums, of a warp
+  static constexpr int kTurnBands = kBands * kSliceWarps;  // that a team has in work
+  static constexpr int kParts = kFragments * kSliceWarps;  // fragments that a team makes
 
   // Of the sums that meet in one block: its share of the parts, from all slices of the cluster.
   GRACE_HOST_DEVICE static constexpr int sum_bytes(int cluster) {
@@ -198,7 +199,8 @@ class Loader {
   const uint16_t* scales_ = nullptr;
 };
 
-// --- arithmetic ------------------------------------------------------------------------------------
+// --- arithmetic
+// ------------------------------------------------------------------------------------
 
 // With x in bf16 scales are bf16 (`fits`); with fp16 they are either.
 template <typename T>
@@ -213,7 +215,8 @@ struct Accumulators {
   float v[kTiles][4] = {};
 };
 
-// --- the end of a band: sums of all warps, and of all blocks of a cluster ---------------------------
+// --- the end of a band: sums of all warps, and of all blocks of a cluster
+// ---------------------------
 
 // Part p of the sums (a band and 8 rows of x) is added up in block p % cluster of the cluster, by
 // one warp of the team there. Places for them are there twice, for turns to overlap:
@@ -264,10 +267,10 @@ __device__ __forceinline__ uint32_t address_in(const void* p, int rank) {
 }
 
 __device__ __forceinline__ void expect_bytes(uint64_t* barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                   shared_address(barrier)),
-               "r"(bytes)
-               : "memory");
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
 }
 
 __device__ __forceinline__ void wait_for(uint64_t* barrier, int phase) {
@@ -325,13 +328,12 @@ __device__ __forceinline__ void share_sums(const Accumulators<S::kTiles> (&total
     if (turn >= 2) wait_for(&barriers->empty[slot], (turn / 2 - 1) % 2);
 #pragma unroll
     for (int i = 0; i < S::kFragments; ++i) {
-      const float(&v)[4] = total[i / S::kTiles].v[i % S::kTiles];
+      const float (&v)[4] = total[i / S::kTiles].v[i % S::kTiles];
       const int p = first_part + i, owner = p & (walk.cluster - 1);
       asm volatile(
           "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, "
           "[%5];" ::"r"(address_in(mine + (p / walk.cluster) * sources * kWarpSize, owner)),
-          "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]),
-          "r"(address_in(&barriers->full[slot], owner))
+          "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]), "r"(address_in(&barriers->full[slot], owner))
           : "memory");
     }
     return;
@@ -339,7 +341,7 @@ __device__ __forceinline__ void share_sums(const Accumulators<S::kTiles> (&total
 #endif
 #pragma unroll
   for (int i = 0; i < S::kFragments; ++i) {
-    const float(&v)[4] = total[i / S::kTiles].v[i % S::kTiles];
+    const float (&v)[4] = total[i / S::kTiles].v[i % S::kTiles];
     mine[(first_part + i) * sources * kWarpSize] = {v[0], v[1], v[2], v[3]};
   }
   team_barrier(place, walk.team);
@@ -407,7 +409,8 @@ __device__ __noinline__ void finish_parts(const Call<T>& call, const Walk& walk,
   }
 }
 
-// --- the host's side ---------------------------------------------------------------------------------
+// --- the host's side
+// ---------------------------------------------------------------------------------
 
 // How the warps of a block and the blocks of a cluster split K.
 struct Split {
@@ -450,8 +453,7 @@ const Device& Device::of(int device) {
 template <typename T>
 bool readable(const Call<T>& call) {
   const Problem& p = call.problem;
-  const bool groups =
-      p.group_size % kTile == 0 || (p.group_size == kTile / 2 && p.k % kTile == 0);
+  const bool groups = p.group_size % kTile == 0 || (p.group_size == kTile / 2 && p.k % kTile == 0);
   const bool aligned = p.k % 8 == 0 && reinterpret_cast<uintptr_t>(call.x) % 16 == 0;
   const bool scales = !call.scales.is_float && (call.scales.is_bf16 || std::is_same_v<T, fp16>);
   return groups && aligned && scales && p.k_tiles < 1 << 16 && p.n_tiles < 1 << 24;

@@ -3,8 +3,8 @@
 #include "common/launch.h"
 #include "common/mma.h"
 #include "ops/dequant_gemm/call.h"
-#include "ops/dequant_gemm/plans.h"
 #include "ops/dequant_gemm/dequant_gemm.h"
+#include "ops/dequant_gemm/plans.h"
 
 namespace grace::dequant_gemm {
 namespace {
@@ -222,11 +222,6 @@ bool runs(const Call<T>& call, const Plan& plan, int device) {
       return plan.variant == 0 && call.problem.whole_blocks();
     case Family::kDecode:
       return plan.variant < decode_variants() && decode_runs<kBits>(call, plan.variant, device);
-    case Family::kPrefill:
-      return plan.variant < prefill_variants() && prefill_runs<kBits>(call, plan.variant, device);
-    case Family::kWarpgroup:
-      return plan.variant < warpgroup_variants() &&
-             warpgroup_runs<kBits>(call, plan.variant, device);
   }
   return false;
 }
@@ -240,8 +235,6 @@ Plan choose(const Call<T>& call, int device) {
   if (measured >= 0 && runs<kBits>(call, plan_of(measured), device)) return plan_of(measured);
   for (int variant = 0; variant < decode_variants(); ++variant)
     if (decode_runs<kBits>(call, variant, device)) return {Family::kDecode, variant};
-  for (int variant = 0; variant < prefill_variants(); ++variant)
-    if (prefill_runs<kBits>(call, variant, device)) return {Family::kPrefill, variant};
   return {p.whole_blocks() ? Family::kPortable : Family::kAnyGroup, 0};
 }
 
@@ -254,10 +247,6 @@ void run_plan(const Call<T>& call, const Plan& plan, int device) {
       return launch_portable<kBits>(call, device);
     case Family::kDecode:
       return decode<kBits>(call, plan.variant, device);
-    case Family::kPrefill:
-      return prefill<kBits>(call, plan.variant, device);
-    case Family::kWarpgroup:
-      return warpgroup<kBits>(call, plan.variant, device);
   }
 }
 

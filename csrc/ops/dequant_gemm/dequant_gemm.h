@@ -79,9 +79,7 @@ struct Call {
 };
 
 // silu(gate) * up, and where it goes: the column of the output that a gate's row makes.
-GRACE_HOST_DEVICE float swiglu(float gate, float up) {
-  return gate / (1.0f + expf(-gate)) * up;
-}
+GRACE_HOST_DEVICE float swiglu(float gate, float up) { return gate / (1.0f + expf(-gate)) * up; }
 GRACE_HOST_DEVICE int64_t swiglu_column(int64_t gate_row) {
   return gate_row / kBand * (kBand / 2) + gate_row % (kBand / 2);
 }
@@ -190,21 +188,21 @@ GRACE_HOST_DEVICE void decode_block(const uint32_t* words, uint32_t (&a)[4]) {
 
 // Read as a number, the pattern of a small integer i is i units of the smallest subnormal, for all
 // that matter here (bf16: below 256, across the first binade; fp16: below 1024). One fma brings it
-// to i * kFraction - offset * kFraction exactly, wherever in the low byte the code stands. kFraction
-// is what keeps the multiplier finite.
+// to i * kFraction - offset * kFraction exactly, wherever in the low byte the code stands.
+// kFraction is what keeps the multiplier finite.
 template <typename T>
 struct Fraction;
 
 template <>
 struct Fraction<bf16> {
-  static constexpr float kValue = 1.0f / 64;  // 2^-133 * 2^127
+  static constexpr float kValue = 1.0f / 64;                          // 2^-133 * 2^127
   static constexpr uint32_t kLow = 0x7f007f00u, kHigh = 0x7d007d00u;  // 2^127 and 2^123
   static constexpr uint32_t kMinus8 = 0xbe00be00u, kMinus128 = 0xc000c000u;
 };
 
 template <>
 struct Fraction<fp16> {
-  static constexpr float kValue = 1.0f / 512;  // 2^-24 * 2^15
+  static constexpr float kValue = 1.0f / 512;                         // 2^-24 * 2^15
   static constexpr uint32_t kLow = 0x78007800u, kHigh = 0x68006800u;  // 2^15 and 2^11
   static constexpr uint32_t kMinus8 = 0xa400a400u, kMinus128 = 0xb400b400u;
 };

@@ -1,7 +1,7 @@
 // The kernels of dequant_gemm by number, and which of them runs a call.
 //
-// A plan is a family of kernels and a variant of it: plan = 1000 * family + variant. Every family is
-// one file that offers, for element types bf16 and fp16 and for 4 and 8 bits,
+// A plan is a family of kernels and a variant of it: plan = 1000 * family + variant. Every family
+// is one file that offers, for element types bf16 and fp16 and for 4 and 8 bits,
 //   <family>_variants()                  how many there are: numbers 0 ... n - 1 (0 in a build that
 //                                        lacks the family)
 //   <family>_runs<bits>(call, variant, device)   whether that variant can compute this call
@@ -16,8 +16,6 @@ enum class Family {
   kAnyGroup = 0,  // dequant_gemm.cu: any call, slowly
   kPortable = 1,  // dequant_gemm.cu: mma.sync, x by tiles through shared memory
   kDecode = 2,    // decode.cu: few rows of x, which stay in shared memory; mma.sync
-  kPrefill = 3,   // prefill.cu: wgmma, sm_90a
-  kWarpgroup = 4,  // decode_sm90.cu: as kDecode, by wgmma; sm_90a
 };
 
 struct Plan {
@@ -39,17 +37,5 @@ template <int kBits, typename T>
 bool decode_runs(const Call<T>& call, int variant, int device);
 template <int kBits, typename T>
 void decode(const Call<T>& call, int variant, int device);
-
-int warpgroup_variants();
-template <int kBits, typename T>
-bool warpgroup_runs(const Call<T>& call, int variant, int device);
-template <int kBits, typename T>
-void warpgroup(const Call<T>& call, int variant, int device);
-
-int prefill_variants();
-template <int kBits, typename T>
-bool prefill_runs(const Call<T>& call, int variant, int device);
-template <int kBits, typename T>
-void prefill(const Call<T>& call, int variant, int device);
 
 }  // namespace grace::dequant_gemm
