@@ -20,4 +20,7 @@ target_compile_definitions(grace_torch INTERFACE TORCH_TARGET_VERSION=0x020b0000
 # libtorch.so only forwards to the libraries that hold the symbols, so it must not be dropped.
 target_link_directories(grace_torch INTERFACE ${torch_directory}/lib)
 target_link_options(grace_torch INTERFACE LINKER:--no-as-needed)
+# A compiler may link libstdc++ statically. Half bound to the copy that torch uses, it would fail as
+# soon as an error message is formatted: a static library's symbols are for its own library alone.
+target_link_options(grace_torch INTERFACE LINKER:--exclude-libs,ALL)
 target_link_libraries(grace_torch INTERFACE torch)
