@@ -131,7 +131,7 @@ def test_info_names_a_kernel_for_every_op_and_device(capsys: pytest.CaptureFixtu
 
 
 @pytest.fixture
-def benchmark(tmp_path: Path) -> Path:
+def drawn(tmp_path: Path) -> Path:
     from grace.evaluation import synthetic
 
     synthetic.draw(tmp_path / "mme", images_per_subtask=2, seed=3)
@@ -139,13 +139,13 @@ def benchmark(tmp_path: Path) -> Path:
 
 
 def test_evaluate_writes_official_results_and_scores(
-    models: Path, benchmark: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    models: Path, drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     from grace.evaluation import mme
 
     out = tmp_path / "out"
     options = ("--out", out, "--max-new-tokens", 2, "--device", "cpu", "--prompt", "plain")
-    assert run("evaluate", models / "student", benchmark, *options) == 0
+    assert run("evaluate", models / "student", drawn, *options) == 0
     rows = mme.read_results(out)
     assert len(rows) == 24
     scores = json.loads((out / "scores.json").read_text())
@@ -155,9 +155,9 @@ def test_evaluate_writes_official_results_and_scores(
 
 
 def test_generate_streams_and_tells_its_speed(
-    models: Path, benchmark: Path, capsys: pytest.CaptureFixture
+    models: Path, drawn: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    image = benchmark / "count" / "000.png"
+    image = drawn / "count" / "000.png"
     options = ("--image", image, "--prompt", "How many stars ?", "--max-new-tokens", 3)
     assert run("generate", models / "student", *options, "--device", "cpu") == 0
     captured = capsys.readouterr()
@@ -167,7 +167,7 @@ def test_generate_streams_and_tells_its_speed(
 
 @pytest.mark.parametrize("damage", ["truncated", "config", "missing"])
 def test_a_damaged_checkpoint_is_one_line(
-    models: Path, benchmark: Path, tmp_path: Path, capsys: pytest.CaptureFixture, damage: str
+    models: Path, drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture, damage: str
 ) -> None:
     import shutil
 
@@ -180,18 +180,18 @@ def test_a_damaged_checkpoint_is_one_line(
     else:
         weights.unlink()
     capsys.readouterr()
-    assert run("evaluate", broken, benchmark, "--out", tmp_path / "out") == 2
+    assert run("evaluate", broken, drawn, "--out", tmp_path / "out") == 2
     assert "checkpoint: " in told(capsys)
     assert not (tmp_path / "out").exists()
 
 
 def test_devices_and_dtypes_that_are_not_there(
-    models: Path, benchmark: Path, capsys: pytest.CaptureFixture
+    models: Path, drawn: Path, capsys: pytest.CaptureFixture
 ) -> None:
     capsys.readouterr()
-    assert run("evaluate", models / "student", benchmark, "--dtype", "int8") == 2
+    assert run("evaluate", models / "student", drawn, "--dtype", "int8") == 2
     assert "dtype must be one of" in told(capsys)
-    assert run("evaluate", models / "student", benchmark, "--device", "abacus") == 2
+    assert run("evaluate", models / "student", drawn, "--device", "abacus") == 2
     assert "device must be" in told(capsys)
-    assert run("evaluate", models / "student", benchmark, "--prompt", "odd") == 2
+    assert run("evaluate", models / "student", drawn, "--prompt", "odd") == 2
     assert "variant must be one of" in told(capsys)

@@ -49,13 +49,13 @@ def truth(scene, subtask, text):
 
 
 @pytest.fixture(scope="module")
-def benchmark(tmp_path_factory):
+def heldout(tmp_path_factory):
     root = tmp_path_factory.mktemp("benchmark") / "heldout"
     return root, synthetic.draw(root, images_per_subtask=60, seed=3)
 
 
-def test_layout_is_mme(benchmark):
-    root, drawn = benchmark
+def test_layout_is_mme(heldout):
+    root, drawn = heldout
     rows = mme.load(root)
     assert len(rows) == 6 * 60 * 2
     assert tuple(drawn) == topics.SUBTASKS
@@ -64,29 +64,29 @@ def test_layout_is_mme(benchmark):
         assert (image.size, image.mode, image.format) == ((32, 32), "RGB", "PNG")
 
 
-def test_answers_follow_from_the_scenes(benchmark):
-    root, drawn = benchmark
+def test_answers_follow_from_the_scenes(heldout):
+    root, drawn = heldout
     for row in mme.load(root):
         scene = drawn[row.subtask][int(row.image.stem)]
         assert truth(scene, row.subtask, row.question) == (row.answer == "Yes"), row
 
 
-def test_text_alone_is_chance(benchmark):
+def test_text_alone_is_chance(heldout):
     """However a model maps questions to answers, half of the answers are right."""
     answers = defaultdict(Counter)
-    for row in mme.load(benchmark[0]):
+    for row in mme.load(heldout[0]):
         answers[row.subtask, row.question][row.answer] += 1
     assert all(count["Yes"] == count["No"] for count in answers.values())
 
 
-def test_every_image_has_one_yes_and_one_no(benchmark):
-    rows = mme.load(benchmark[0])
+def test_every_image_has_one_yes_and_one_no(heldout):
+    rows = mme.load(heldout[0])
     for yes, no in zip(rows[::2], rows[1::2], strict=True):
         assert (yes.image, yes.answer, no.answer) == (no.image, "Yes", "No")
 
 
-def test_color_in_question_appears_elsewhere(benchmark):
-    root, drawn = benchmark
+def test_color_in_question_appears_elsewhere(heldout):
+    root, drawn = heldout
     for row in (row for row in mme.load(root) if row.subtask == "color"):
         shape, color = row.question.split()[2:4]
         scene = drawn["color"][int(row.image.stem)]
@@ -184,10 +184,10 @@ def test_training_rows(tmp_path):
     assert answers["Yes"] > 0.35 * closed
 
 
-def test_training_questions_are_worded_as_in_the_benchmark(benchmark, tmp_path):
+def test_training_questions_are_worded_as_in_the_benchmark(heldout, tmp_path):
     rows = synthetic.training_rows(tmp_path, images=400, seed=2)
     asked = {row["conversations"][0]["value"].removeprefix("<image>\n") for row in rows}
-    numbers = [r.question for r in mme.load(benchmark[0]) if r.subtask == "numerical_calculation"]
+    numbers = [r.question for r in mme.load(heldout[0]) if r.subtask == "numerical_calculation"]
     assert set(numbers) <= asked
 
 
