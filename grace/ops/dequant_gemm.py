@@ -10,6 +10,7 @@ no gradient.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -258,7 +259,8 @@ def _(
 
 PLANS = Path(__file__).with_name("dequant_gemm_plans")  # one file of measured rows a GPU
 _ROW = ("bits", "n", "k", "m", "plan")
-_FAMILY, _VARIANTS = 1000, 128  # a plan's number is 1000 · family + variant (csrc/…/plans.h)
+# A plan's number is 1000 · family + variant (csrc/ops/dequant_gemm/plans.h).
+_FAMILIES, _FAMILY, _VARIANTS = 4, 1000, 128
 
 # Not ops: questions to the compiled library.
 torch.library.define(
@@ -275,7 +277,8 @@ def plans(
     """The numbers of the kernels that can compute this call on a GPU, each a valid ``plan``."""
     runs = torch.ops.grace.dequant_gemm_runs
     arguments = (x, qweight, scales, bits, group_size, out_features)
-    numbers = (_FAMILY * family + variant for family in range(3) for variant in range(_VARIANTS))
+    pairs = itertools.product(range(_FAMILIES), range(_VARIANTS))
+    numbers = (_FAMILY * family + variant for family, variant in pairs)
     return [plan for plan in numbers if runs(*arguments, plan)]
 
 

@@ -15,8 +15,9 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "common/cluster.h"
 #include "common/launch.h"
-#include "ops/dequant_gemm/plans.h"
+#include "ops/dequant_gemm/tensor_core.h"
 
 namespace grace::dequant_gemm {
 namespace {
@@ -44,30 +45,6 @@ __device__ __forceinline__ uint32_t load_scale(const uint16_t* from) {
   asm volatile("ld.global.nc.u16 %0, [%1];" : "=r"(v) : "l"(from));
   return v;
 #endif
-}
-
-__device__ __forceinline__ unsigned cluster_rank() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  unsigned rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-#else
-  return 0;
-#endif
-}
-
-// All threads of all blocks of the cluster; what they wrote before is visible after.
-__device__ __forceinline__ void cluster_barrier(int blocks) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  if (blocks > 1) {
-    asm volatile(
-        "barrier.cluster.arrive.release.aligned;\n"
-        "barrier.cluster.wait.acquire.aligned;" ::
-            : "memory");
-    return;
-  }
-#endif
-  __syncthreads();
 }
 
 // Copies 16 bytes, or zeros if not `inside`, to shared memory; done after copies_done.
@@ -251,42 +228,6 @@ __device__ __forceinline__ void team_barrier(const Place& place, int team_warps)
 #endif
 }
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
-
-// The same place in the shared memory of block `rank`.
-__device__ __forceinline__ uint32_t address_in(const void* p, int rank) {
-  uint32_t remote;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
-               : "=r"(remote)
-               : "r"(shared_address(p)), "r"(rank));
-  return remote;
-}
-
-__device__ __forceinline__ void expect_bytes(uint64_t* barrier, int bytes) {
-  asm volatile(
-      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
-      "r"(bytes)
-      : "memory");
-}
-
-__device__ __forceinline__ void wait_for(uint64_t* barrier, int phase) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again;\n"
-      "}" ::"r"(shared_address(barrier)),
-      "r"(phase)
-      : "memory");
-}
-
-#endif
-
 // What a team expects in a turn: its block's parts, from the team's warps in all blocks.
 template <typename S>
 __device__ __forceinline__ int bytes_of_turn(const Walk& walk, int rank) {
@@ -298,15 +239,11 @@ template <typename S>
 __device__ __forceinline__ void init_barriers(Barriers* barriers, const Walk& walk) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   if (walk.cluster == 1 || threadIdx.x != 0) return;
-  const auto init = [](uint64_t* barrier, int count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
-                 "r"(count));
-  };
   for (int i = 0; i < 2 * S::kWarps / walk.team; ++i) {
-    init(&barriers[i / 2].full[i % 2], 1);
-    init(&barriers[i / 2].empty[i % 2], S::kParts);
+    init_barrier(&barriers[i / 2].full[i % 2], 1);
+    init_barrier(&barriers[i / 2].empty[i % 2], S::kParts);
   }
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  fence_barriers();
   const int bytes = bytes_of_turn<S>(walk, static_cast<int>(cluster_rank()));
   for (int i = 0; i < 2 * S::kWarps / walk.team; ++i)
     expect_bytes(&barriers[i / 2].full[i % 2], bytes);
@@ -347,29 +284,6 @@ __device__ __forceinline__ void share_sums(const Accumulators<S::kTiles> (&total
   team_barrier(place, walk.team);
 }
 
-// Epilogue of a part: bias, SwiGLU, residual, the one rounding.
-template <typename S, typename T>
-__device__ __forceinline__ void write_part(const Call<T>& call, int band, int p,
-                                           const float (&sum)[4]) {
-  const int lane = threadIdx.x % kWarpSize;
-  const int64_t row = int64_t{band + p / S::kTiles} * kBand + lane / 4;
-  const int64_t columns = call.columns();
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int64_t m = p % S::kTiles * 8 + lane % 4 * 2 + i;
-    if (m >= call.problem.m) break;
-    T* const out = call.out + m * columns;
-    const float low = call.biased(sum[i], row), high = call.biased(sum[i + 2], row + 8);
-    if (call.swiglu) {
-      const int64_t column = swiglu_column(row);
-      if (column < columns) out[column] = call.finished(swiglu(low, high), m, column);
-    } else {
-      if (row < columns) out[row] = call.finished(low, m, row);
-      if (row + 8 < columns) out[row + 8] = call.finished(high, m, row + 8);
-    }
-  }
-}
-
 // Out of line: it stands in the unrolled loop as often as there are slots, and code that is run
 // once a band must not push the rest out of the instruction caches.
 template <typename S, typename T>
@@ -405,7 +319,8 @@ __device__ __noinline__ void finish_parts(const Call<T>& call, const Walk& walk,
 #endif
 #pragma unroll
     for (float& s : sum) s *= 1.0f / Fraction<T>::kValue;
-    write_part<S>(call, band, i * walk.cluster + place.rank, sum);
+    const int part = i * walk.cluster + place.rank;
+    write_fragment(call, int64_t{band + part / S::kTiles} * kBand, part % S::kTiles * 8, sum);
   }
 }
 
@@ -416,48 +331,6 @@ __device__ __noinline__ void finish_parts(const Call<T>& call, const Walk& walk,
 struct Split {
   int cluster, team;
 };
-
-struct Device {
-  int capability, processors, shared_bytes;
-
-  static const Device& of(int device);
-};
-
-#if defined(GRACE_EMULATE)
-const Device& Device::of(int) {
-  static const Device emulated{80, 2, 227 * 1024};
-  return emulated;
-}
-#else
-const Device& Device::of(int device) {
-  constexpr int kMost = 64;
-  static Device known[kMost];
-  STD_TORCH_CHECK(device >= 0 && device < kMost, "grace: no such device: ", device);
-  Device& d = known[device];
-  if (d.capability == 0) {
-    const auto get = [device](cudaDeviceAttr attribute) {
-      int value = 0;
-      check_cuda(cudaDeviceGetAttribute(&value, attribute, device), "reading a device attribute");
-      return value;
-    };
-    d.processors = get(cudaDevAttrMultiProcessorCount);
-    d.shared_bytes = get(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-    d.capability =
-        get(cudaDevAttrComputeCapabilityMajor) * 10 + get(cudaDevAttrComputeCapabilityMinor);
-  }
-  return d;
-}
-#endif
-
-// Whether the codes, scales and x of a call are laid out as these kernels read them.
-template <typename T>
-bool readable(const Call<T>& call) {
-  const Problem& p = call.problem;
-  const bool groups = p.group_size % kTile == 0 || (p.group_size == kTile / 2 && p.k % kTile == 0);
-  const bool aligned = p.k % 8 == 0 && reinterpret_cast<uintptr_t>(call.x) % 16 == 0;
-  const bool scales = !call.scales.is_float && (call.scales.is_bf16 || std::is_same_v<T, fp16>);
-  return groups && aligned && scales && p.k_tiles < 1 << 16 && p.n_tiles < 1 << 24;
-}
 
 template <typename T>
 Walk walk_of(const Call<T>& call, const Split& split) {

@@ -222,6 +222,9 @@ bool runs(const Call<T>& call, const Plan& plan, int device) {
       return plan.variant == 0 && call.problem.whole_blocks();
     case Family::kDecode:
       return plan.variant < decode_variants() && decode_runs<kBits>(call, plan.variant, device);
+    case Family::kWarpgroup:
+      return plan.variant < warpgroup_variants() &&
+             warpgroup_runs<kBits>(call, plan.variant, device);
   }
   return false;
 }
@@ -235,6 +238,8 @@ Plan choose(const Call<T>& call, int device) {
   if (measured >= 0 && runs<kBits>(call, plan_of(measured), device)) return plan_of(measured);
   for (int variant = 0; variant < decode_variants(); ++variant)
     if (decode_runs<kBits>(call, variant, device)) return {Family::kDecode, variant};
+  for (int variant = 0; variant < warpgroup_variants(); ++variant)
+    if (warpgroup_runs<kBits>(call, variant, device)) return {Family::kWarpgroup, variant};
   return {p.whole_blocks() ? Family::kPortable : Family::kAnyGroup, 0};
 }
 
@@ -247,6 +252,8 @@ void run_plan(const Call<T>& call, const Plan& plan, int device) {
       return launch_portable<kBits>(call, device);
     case Family::kDecode:
       return decode<kBits>(call, plan.variant, device);
+    case Family::kWarpgroup:
+      return warpgroup<kBits>(call, plan.variant, device);
   }
 }
 

@@ -222,4 +222,68 @@ GRACE_HOST_DEVICE void decode_fractions(const uint32_t* words, uint32_t (&a)[4])
   }
 }
 
+// --- the same times the scale: weights as training had them
+// ---------------------------------------
+
+// One half of a register in both.
+GRACE_HOST_DEVICE uint32_t pair_of(uint32_t bits) { return bits | bits << 16; }
+
+// a * b, rounded once.
+template <typename T>
+GRACE_HOST_DEVICE uint32_t mul_pair(uint32_t a, uint32_t b) {
+  return fma_pair<T>(a, b, 0x80008000u);  // minus zero: it leaves every product as it is
+}
+
+// What makes weights of one row's codes: code * scale * kFraction, rounded once to T.
+//
+// With bf16 the pattern of a code is its number, in units of 2^-133 as above, and one fma does all
+// of it: the products that it adds are exact. kFraction keeps its multiplier finite for scales
+// below 2^25, and scales down to 2^-90 keep their precision.
+template <int kBits, typename T>
+struct RowScale;
+
+template <int kBits>
+struct RowScale<kBits, bf16> {
+  static constexpr float kFraction = 1.0f / (1 << 30);
+  uint32_t low, high, offset;
+
+  GRACE_HOST_DEVICE void set(uint32_t scale) {
+    const uint32_t pair = pair_of(scale);
+    low = mul_pair<bf16>(pair, 0x73007300u);                                // 2^103
+    if constexpr (kBits == 4) high = mul_pair<bf16>(pair, 0x71007100u);     // 2^99
+    offset = mul_pair<bf16>(pair, kBits == 4 ? 0xb200b200u : 0xb400b400u);  // -2^-27, -2^-23
+  }
+};
+
+template <int kBits>
+struct RowScale<kBits, fp16> {
+  static constexpr float kFraction = 1.0f;
+  uint32_t scale;
+
+  GRACE_HOST_DEVICE void set(uint32_t bits) { scale = pair_of(bits); }
+};
+
+// A lane's part of a 16 x 16 block, from its words to the four registers of operand A, with the
+// scales of rows lane / 4 and lane / 4 + 8.
+template <int kBits, typename T>
+GRACE_HOST_DEVICE void decode_weights(const uint32_t* words, const RowScale<kBits, T> (&rows)[2],
+                                      uint32_t (&a)[4]) {
+  if constexpr (std::is_same_v<T, fp16>) {
+    decode_block<kBits, T>(words, a);
+    for (int p = 0; p < 4; ++p) a[p] = mul_pair<T>(a[p], rows[p % 2].scale);
+  } else if constexpr (kBits == 4) {
+    for (int p = 0; p < 4; ++p) {
+      const uint32_t pair = p < 2 ? words[0] : words[0] >> 8;
+      const RowScale<4, T>& row = rows[p % 2];
+      a[p] = p % 2 == 0 ? fma_pair<T>(pair & 0x000f000fu, row.low, row.offset)
+                        : fma_pair<T>(pair & 0x00f000f0u, row.high, row.offset);
+    }
+  } else {
+    for (int p = 0; p < 4; ++p) {
+      const RowScale<8, T>& row = rows[p % 2];
+      a[p] = fma_pair<T>(words[p / 2] >> (8 * (p % 2)) & 0x00ff00ffu, row.low, row.offset);
+    }
+  }
+}
+
 }  // namespace grace::dequant_gemm

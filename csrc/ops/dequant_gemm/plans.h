@@ -13,9 +13,10 @@
 namespace grace::dequant_gemm {
 
 enum class Family {
-  kAnyGroup = 0,  // dequant_gemm.cu: any call, slowly
-  kPortable = 1,  // dequant_gemm.cu: mma.sync, x by tiles through shared memory
-  kDecode = 2,    // decode.cu: few rows of x, which stay in shared memory; mma.sync
+  kAnyGroup = 0,   // dequant_gemm.cu: any call, slowly
+  kPortable = 1,   // dequant_gemm.cu: mma.sync, x by tiles through shared memory
+  kDecode = 2,     // decode.cu: few rows of x, which stay in shared memory; mma.sync
+  kWarpgroup = 3,  // warpgroup.cu: many rows of x, a ring of stages; wgmma, sm_90a
 };
 
 struct Plan {
@@ -37,5 +38,11 @@ template <int kBits, typename T>
 bool decode_runs(const Call<T>& call, int variant, int device);
 template <int kBits, typename T>
 void decode(const Call<T>& call, int variant, int device);
+
+int warpgroup_variants();
+template <int kBits, typename T>
+bool warpgroup_runs(const Call<T>& call, int variant, int device);
+template <int kBits, typename T>
+void warpgroup(const Call<T>& call, int variant, int device);
 
 }  // namespace grace::dequant_gemm

@@ -1,0 +1,124 @@
+// Tensor-core products of a warpgroup (four warps), fp32 accumulation: d += a b with wgmma, sm_90a.
+//
+// m64nNk16: a is in registers, every warp's 16 rows as mma.m16n8k16 has them (mma.h); b is in
+// shared memory, [N][64 columns] of 16 bits with TMA's swizzle of 128 bytes, named by a descriptor;
+// d has N / 8 fragments of m16n8 a warp, each d[0..3] of mma.h. The product runs on while the warps
+// go on:
+//
+//   fence_operands(...); wgmma_fence(); wgmma<T, N>(d, a, b, ...) ...; wgmma_commit();
+//   wgmma_wait(); fence_operands(...);
+//
+// and between fence and wait neither d nor a is touched.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "common/numeric.h"
+
+namespace grace {
+
+// Tells the compiler that registers are read and written here, which an asynchronous product does
+// behind its back.
+template <int kCount>
+__device__ __forceinline__ void fence_operands(float (&v)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(v[i])::"memory");
+}
+template <int kCount>
+__device__ __forceinline__ void fence_operands(uint32_t (&v)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(v[i])::"memory");
+}
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+__device__ __forceinline__ void wgmma_fence() {
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void wgmma_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+// Until at most kPending committed groups run.
+template <int kPending = 0>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// Operand b, from the address in shared memory of its first row, a multiple of 1024 bytes: the low
+// half of a descriptor. The next 16 columns are at + 2.
+__device__ __forceinline__ uint32_t wgmma_operand(uint32_t address) {
+  return 1 << 16 | (address & 0x3ffff) / 16;
+}
+
+// The high half: TMA's swizzle of 128 bytes, and eight rows from one such pattern to the next.
+#define GRACE_B_HIGH "0x40000040"
+
+template <typename T, int kN>
+struct Wgmma;
+
+// clang-format off
+#define GRACE_R0 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define GRACE_R1 GRACE_R0 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define GRACE_R2 GRACE_R1 ", %16, %17, %18, %19, %20, %21, %22, %23"
+#define GRACE_R3 GRACE_R2 ", %24, %25, %26, %27, %28, %29, %30, %31"
+#define GRACE_R4 GRACE_R3 ", %32, %33, %34, %35, %36, %37, %38, %39"
+#define GRACE_R5 GRACE_R4 ", %40, %41, %42, %43, %44, %45, %46, %47"
+#define GRACE_R6 GRACE_R5 ", %48, %49, %50, %51, %52, %53, %54, %55"
+#define GRACE_R7 GRACE_R6 ", %56, %57, %58, %59, %60, %61, %62, %63"
+#define GRACE_R8 GRACE_R7 ", %64, %65, %66, %67, %68, %69, %70, %71"
+#define GRACE_R9 GRACE_R8 ", %72, %73, %74, %75, %76, %77, %78, %79"
+#define GRACE_R10 GRACE_R9 ", %80, %81, %82, %83, %84, %85, %86, %87"
+#define GRACE_R11 GRACE_R10 ", %88, %89, %90, %91, %92, %93, %94, %95"
+#define GRACE_R12 GRACE_R11 ", %96, %97, %98, %99, %100, %101, %102, %103"
+#define GRACE_R13 GRACE_R12 ", %104, %105, %106, %107, %108, %109, %110, %111"
+#define GRACE_R14 GRACE_R13 ", %112, %113, %114, %115, %116, %117, %118, %119"
+#define GRACE_R15 GRACE_R14 ", %120, %121, %122, %123, %124, %125, %126, %127"
+#define GRACE_D0(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), \
+                    "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define GRACE_D1(i) GRACE_D0(i), GRACE_D0(i + 8)
+#define GRACE_D3(i) GRACE_D1(i), GRACE_D1(i + 16)
+#define GRACE_D5(i) GRACE_D3(i), GRACE_D1(i + 32)
+#define GRACE_D7(i) GRACE_D3(i), GRACE_D3(i + 32)
+#define GRACE_D11(i) GRACE_D7(i), GRACE_D3(i + 64)
+#define GRACE_D15(i) GRACE_D7(i), GRACE_D7(i + 64)
+// clang-format on
+
+// LAST: of the eights of registers of d, numbered from 0. A, DESC and ADD: the operands after them.
+#define GRACE_WGMMA(TYPE, NAME, N, LAST, A, DESC, ADD)                                           \
+  template <>                                                                                    \
+  struct Wgmma<TYPE, N> {                                                                        \
+    static __device__ __forceinline__ void run(float (&d)[N / 2], const uint32_t* a, uint32_t b, \
+                                               int add) {                                        \
+      asm volatile("{\n.reg .pred add;\n.reg .b64 b;\nsetp.ne.b32 add, " ADD                     \
+                   ", 0;\n"                                                                      \
+                   "mov.b64 b, {" DESC ", " GRACE_B_HIGH                                         \
+                   "};\n"                                                                        \
+                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME               \
+                   " {" GRACE_R##LAST "}, {" A "}, b, add, 1, 1, 0;\n}"                          \
+                   : GRACE_D##LAST(0)                                                            \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(add));              \
+    }                                                                                            \
+  };
+#define GRACE_WGMMAS(N, LAST, A, DESC, ADD)        \
+  GRACE_WGMMA(bf16, "bf16", N, LAST, A, DESC, ADD) \
+  GRACE_WGMMA(fp16, "f16", N, LAST, A, DESC, ADD)
+GRACE_WGMMAS(16, 0, "%8, %9, %10, %11", "%12", "%13")
+GRACE_WGMMAS(32, 1, "%16, %17, %18, %19", "%20", "%21")
+GRACE_WGMMAS(64, 3, "%32, %33, %34, %35", "%36", "%37")
+GRACE_WGMMAS(96, 5, "%48, %49, %50, %51", "%52", "%53")
+GRACE_WGMMAS(128, 7, "%64, %65, %66, %67", "%68", "%69")
+GRACE_WGMMAS(192, 11, "%96, %97, %98, %99", "%100", "%101")
+GRACE_WGMMAS(256, 15, "%128, %129, %130, %131", "%132", "%133")
+#undef GRACE_WGMMAS
+#undef GRACE_WGMMA
+
+// d = a b, or d += a b if `add`.
+template <typename T, int kN>
+__device__ __forceinline__ void wgmma(float (&d)[kN / 2], const uint32_t* a, uint32_t b, int add) {
+  Wgmma<T, kN>::run(d, a, b, add);
+}
+
+#endif
+
+}  // namespace grace
