@@ -1,4 +1,7 @@
-// Bulk copies from global to shared memory, whose bytes a barrier (cluster.h) counts: sm_90.
+// Copies between global and shared memory by the copy engine (TMA), whose bytes a barrier
+// (cluster.h) counts: sm_90 and later.
+//
+// What a whole warp calls together is done by one of its threads: so addresses stay uniform.
 #pragma once
 
 #include "common/cluster.h"
@@ -11,32 +14,77 @@ namespace grace {
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 
-// `bytes`, a multiple of 16 as both addresses are.
-__device__ __forceinline__ void bulk_copy(void* to, const void* from, int bytes,
-                                          uint64_t* barrier) {
+// Arrives, and expects so many more bytes in this phase; by a whole warp.
+__device__ __forceinline__ void warp_expect_bytes(uint32_t barrier, int bytes) {
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-          "r"(shared_address(to)),
-      "l"(from), "r"(bytes), "r"(shared_address(barrier))
+      "{\n.reg .pred one;\nelect.sync _|one, 0xffffffff;\n"
+      "@one mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n}" ::"r"(barrier),
+      "r"(bytes)
       : "memory");
 }
 
-// The map's box at (column, row); zeros outside of the matrix.
-__device__ __forceinline__ void bulk_copy_box(void* to, const CUtensorMap& map, int column, int row,
-                                              uint64_t* barrier) {
+// The map's box at (column, row) to shared memory, zeros outside of the matrix; by a whole warp.
+__device__ __forceinline__ void warp_copy_box(uint32_t to, const CUtensorMap& map, int column,
+                                              int row, uint32_t barrier) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
-      "[%0], [%1, {%2, %3}], [%4];" ::"r"(shared_address(to)),
-      "l"(&map), "r"(column), "r"(row), "r"(shared_address(barrier))
+      "{\n.reg .pred one;\nelect.sync _|one, 0xffffffff;\n"
+      "@one cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3}], [%4];\n}" ::"r"(to),
+      "l"(&map), "r"(column), "r"(row), "r"(barrier)
       : "memory");
+}
+
+// The same of four dimensions, from the beginning of the first two.
+__device__ __forceinline__ void warp_copy_box_4d(uint32_t to, const CUtensorMap& map, int third,
+                                                 int fourth, uint32_t barrier) {
+  asm volatile(
+      "{\n.reg .pred one;\nelect.sync _|one, 0xffffffff;\n"
+      "@one cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %2, %3, %4}], [%5];\n}" ::"r"(to),
+      "l"(&map), "r"(0), "r"(third), "r"(fourth), "r"(barrier)
+      : "memory");
+}
+
+// A box from shared memory to (column, row) of the map, clipped there; by one thread.
+__device__ __forceinline__ void store_box(uint32_t from, const CUtensorMap& map, int column,
+                                          int row) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(&map),
+      "r"(column), "r"(row), "r"(from)
+      : "memory");
+}
+
+// Ends a group of stores; and until all but kPending groups of this thread have been read.
+__device__ __forceinline__ void commit_stores() {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+template <int kPending>
+__device__ __forceinline__ void wait_for_stores() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+
+// Shows what this thread wrote to shared memory to the copy engine.
+__device__ __forceinline__ void fence_for_stores() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 #endif
 
-// A row-major matrix of 16-bit elements, rows a multiple of 16 bytes apart, for boxes of 64 columns
-// and `box_rows` (at most 256) in shared memory with the swizzle of 128 bytes.
-inline CUtensorMap matrix_map(const void* data, bool is_bf16, int64_t rows, int64_t columns,
-                              int box_rows) {
+// What a tensor map describes: sizes and box from the innermost dimension on, strides in bytes from
+// the second one on.
+template <int kDimensions>
+struct Boxes {
+  CUtensorMapDataType type;
+  const void* data;
+  cuuint64_t sizes[kDimensions];
+  cuuint64_t strides[kDimensions - 1];
+  cuuint32_t box[kDimensions];
+  CUtensorMapSwizzle swizzle;
+};
+
+// Raises: std::runtime_error where the driver refuses.
+template <int kDimensions>
+CUtensorMap tensor_map(const Boxes<kDimensions>& boxes) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
   static const Encode encode = [] {
     void* function = nullptr;
@@ -48,20 +96,18 @@ inline CUtensorMap matrix_map(const void* data, bool is_bf16, int64_t rows, int6
       throw std::runtime_error("grace: this driver lacks cuTensorMapEncodeTiled");
     return reinterpret_cast<Encode>(function);
   }();
+  cuuint32_t steps[kDimensions];
+  for (cuuint32_t& step : steps) step = 1;
   CUtensorMap map;
-  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(columns) * 2};
-  const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(box_rows)};
-  const cuuint32_t steps[2] = {1, 1};
   const CUresult status =
-      encode(&map, is_bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
-             const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      encode(&map, boxes.type, kDimensions, const_cast<void*>(boxes.data), boxes.sizes,
+             boxes.strides, boxes.box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, boxes.swizzle,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (status != CUDA_SUCCESS) {
     std::ostringstream message;
-    message << "grace: describing a matrix [" << rows << ", " << columns
-            << "] to the copy engine failed with CUDA error " << static_cast<int>(status);
+    message << "grace: describing a tensor of " << boxes.sizes[0];
+    for (int i = 1; i < kDimensions; ++i) message << " x " << boxes.sizes[i];
+    message << " elements to the copy engine failed with CUDA error " << static_cast<int>(status);
     throw std::runtime_error(message.str());
   }
   return map;

@@ -113,6 +113,14 @@ GRACE_WGMMAS(256, 15, "%128, %129, %130, %131", "%132", "%133")
 #undef GRACE_WGMMAS
 #undef GRACE_WGMMA
 
+// Stores four 8 x 8 matrices of 16-bit elements turned round, each fragment held as mma.h's a: this
+// lane's `to` is where column lane % 8 of matrix lane / 8 goes, 16 bytes.
+__device__ __forceinline__ void store_turned(uint32_t to, const uint32_t (&v)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to),
+               "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
+               : "memory");
+}
+
 // d = a b, or d += a b if `add`.
 template <typename T, int kN>
 __device__ __forceinline__ void wgmma(float (&d)[kN / 2], const uint32_t* a, uint32_t b, int add) {

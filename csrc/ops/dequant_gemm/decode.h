@@ -240,13 +240,13 @@ __device__ __forceinline__ void init_barriers(Barriers* barriers, const Walk& wa
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   if (walk.cluster == 1 || threadIdx.x != 0) return;
   for (int i = 0; i < 2 * S::kWarps / walk.team; ++i) {
-    init_barrier(&barriers[i / 2].full[i % 2], 1);
-    init_barrier(&barriers[i / 2].empty[i % 2], S::kParts);
+    init_barrier(shared_address(&barriers[i / 2].full[i % 2]), 1);
+    init_barrier(shared_address(&barriers[i / 2].empty[i % 2]), S::kParts);
   }
   fence_barriers();
   const int bytes = bytes_of_turn<S>(walk, static_cast<int>(cluster_rank()));
   for (int i = 0; i < 2 * S::kWarps / walk.team; ++i)
-    expect_bytes(&barriers[i / 2].full[i % 2], bytes);
+    expect_bytes(shared_address(&barriers[i / 2].full[i % 2]), bytes);
 #endif
 }
 
@@ -262,7 +262,7 @@ __device__ __forceinline__ void share_sums(const Accumulators<S::kTiles> (&total
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   if (walk.cluster > 1) {
     const int slot = turn % 2;
-    if (turn >= 2) wait_for(&barriers->empty[slot], (turn / 2 - 1) % 2);
+    if (turn >= 2) wait_for(shared_address(&barriers->empty[slot]), (turn / 2 - 1) % 2);
 #pragma unroll
     for (int i = 0; i < S::kFragments; ++i) {
       const float (&v)[4] = total[i / S::kTiles].v[i % S::kTiles];
@@ -295,7 +295,7 @@ __device__ __noinline__ void finish_parts(const Call<T>& call, const Walk& walk,
   for (int i = (place.warp + turn) % walk.team; i * walk.cluster + place.rank < S::kParts;
        i += walk.team) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    if (walk.cluster > 1) wait_for(&barriers->full[turn % 2], turn / 2 % 2);
+    if (walk.cluster > 1) wait_for(shared_address(&barriers->full[turn % 2]), turn / 2 % 2);
 #endif
     float sum[4] = {};
 #pragma unroll 4
@@ -310,7 +310,7 @@ __device__ __noinline__ void finish_parts(const Call<T>& call, const Walk& walk,
     if (walk.cluster > 1) {
       __syncwarp();
       if (place.lane == 0 && i == 0)
-        expect_bytes(&barriers->full[turn % 2], bytes_of_turn<S>(walk, place.rank));
+        expect_bytes(shared_address(&barriers->full[turn % 2]), bytes_of_turn<S>(walk, place.rank));
       if (place.lane < walk.cluster)
         asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(
                          address_in(&barriers->empty[turn % 2], place.lane))
