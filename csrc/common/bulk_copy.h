@@ -1,5 +1,5 @@
-// Copies between global and shared memory by the copy engine (TMA), whose bytes a barrier
-// (cluster.h) counts: sm_90 and later.
+// Copies from global to shared memory by the copy engine (TMA), whose bytes a barrier (cluster.h)
+// counts: sm_90 and later.
 //
 // What a whole warp calls together is done by one of its threads: so addresses stay uniform.
 #pragma once
@@ -45,27 +45,9 @@ __device__ __forceinline__ void warp_copy_box_4d(uint32_t to, const CUtensorMap&
       : "memory");
 }
 
-// A box from shared memory to (column, row) of the map, clipped there; by one thread.
-__device__ __forceinline__ void store_box(uint32_t from, const CUtensorMap& map, int column,
-                                          int row) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(&map),
-      "r"(column), "r"(row), "r"(from)
-      : "memory");
-}
-
-// Ends a group of stores; and until all but kPending groups of this thread have been read.
-__device__ __forceinline__ void commit_stores() {
-  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-}
-template <int kPending>
-__device__ __forceinline__ void wait_for_stores() {
-  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
-}
-
-// Shows what this thread wrote to shared memory to the copy engine.
-__device__ __forceinline__ void fence_for_stores() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+// Starts to fetch the map itself.
+__device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
 #endif

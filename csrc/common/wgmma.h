@@ -84,32 +84,29 @@ struct Wgmma;
 #define GRACE_D15(i) GRACE_D7(i), GRACE_D7(i + 64)
 // clang-format on
 
-// LAST: of the eights of registers of d, numbered from 0. A, DESC and ADD: the operands after them.
-#define GRACE_WGMMA(TYPE, NAME, N, LAST, A, DESC, ADD)                                           \
-  template <>                                                                                    \
-  struct Wgmma<TYPE, N> {                                                                        \
-    static __device__ __forceinline__ void run(float (&d)[N / 2], const uint32_t* a, uint32_t b, \
-                                               int add) {                                        \
-      asm volatile("{\n.reg .pred add;\n.reg .b64 b;\nsetp.ne.b32 add, " ADD                     \
-                   ", 0;\n"                                                                      \
-                   "mov.b64 b, {" DESC ", " GRACE_B_HIGH                                         \
-                   "};\n"                                                                        \
-                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME               \
-                   " {" GRACE_R##LAST "}, {" A "}, b, add, 1, 1, 0;\n}"                          \
-                   : GRACE_D##LAST(0)                                                            \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(add));              \
-    }                                                                                            \
+// LAST: of the eights of registers of d, numbered from 0. A and DESC: the operands after them.
+#define GRACE_WGMMA(TYPE, NAME, N, LAST, A, DESC)                                                  \
+  template <>                                                                                      \
+  struct Wgmma<TYPE, N> {                                                                          \
+    static __device__ __forceinline__ void run(float (&d)[N / 2], const uint32_t* a, uint32_t b) { \
+      asm volatile("{\n.reg .b64 b;\nmov.b64 b, {" DESC ", " GRACE_B_HIGH                          \
+                   "};\n"                                                                          \
+                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME                 \
+                   " {" GRACE_R##LAST "}, {" A "}, b, 1, 1, 1, 0;\n}"                              \
+                   : GRACE_D##LAST(0)                                                              \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b));                          \
+    }                                                                                              \
   };
-#define GRACE_WGMMAS(N, LAST, A, DESC, ADD)        \
-  GRACE_WGMMA(bf16, "bf16", N, LAST, A, DESC, ADD) \
-  GRACE_WGMMA(fp16, "f16", N, LAST, A, DESC, ADD)
-GRACE_WGMMAS(16, 0, "%8, %9, %10, %11", "%12", "%13")
-GRACE_WGMMAS(32, 1, "%16, %17, %18, %19", "%20", "%21")
-GRACE_WGMMAS(64, 3, "%32, %33, %34, %35", "%36", "%37")
-GRACE_WGMMAS(96, 5, "%48, %49, %50, %51", "%52", "%53")
-GRACE_WGMMAS(128, 7, "%64, %65, %66, %67", "%68", "%69")
-GRACE_WGMMAS(192, 11, "%96, %97, %98, %99", "%100", "%101")
-GRACE_WGMMAS(256, 15, "%128, %129, %130, %131", "%132", "%133")
+#define GRACE_WGMMAS(N, LAST, A, DESC)        \
+  GRACE_WGMMA(bf16, "bf16", N, LAST, A, DESC) \
+  GRACE_WGMMA(fp16, "f16", N, LAST, A, DESC)
+GRACE_WGMMAS(16, 0, "%8, %9, %10, %11", "%12")
+GRACE_WGMMAS(32, 1, "%16, %17, %18, %19", "%20")
+GRACE_WGMMAS(64, 3, "%32, %33, %34, %35", "%36")
+GRACE_WGMMAS(96, 5, "%48, %49, %50, %51", "%52")
+GRACE_WGMMAS(128, 7, "%64, %65, %66, %67", "%68")
+GRACE_WGMMAS(192, 11, "%96, %97, %98, %99", "%100")
+GRACE_WGMMAS(256, 15, "%128, %129, %130, %131", "%132")
 #undef GRACE_WGMMAS
 #undef GRACE_WGMMA
 
@@ -121,10 +118,18 @@ __device__ __forceinline__ void store_turned(uint32_t to, const uint32_t (&v)[4]
                : "memory");
 }
 
-// d = a b, or d += a b if `add`.
+// The way back.
+__device__ __forceinline__ void load_turned(uint32_t from, uint32_t (&v)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+               : "r"(from)
+               : "memory");
+}
+
+// d += a b.
 template <typename T, int kN>
-__device__ __forceinline__ void wgmma(float (&d)[kN / 2], const uint32_t* a, uint32_t b, int add) {
-  Wgmma<T, kN>::run(d, a, b, add);
+__device__ __forceinline__ void wgmma(float (&d)[kN / 2], const uint32_t* a, uint32_t b) {
+  Wgmma<T, kN>::run(d, a, b);
 }
 
 #endif

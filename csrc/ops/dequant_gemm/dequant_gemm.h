@@ -79,7 +79,13 @@ struct Call {
 };
 
 // silu(gate) * up, and where it goes: the column of the output that a gate's row makes.
-GRACE_HOST_DEVICE float swiglu(float gate, float up) { return gate / (1.0f + expf(-gate)) * up; }
+GRACE_HOST_DEVICE float swiglu(float gate, float up) {
+#if defined(__CUDA_ARCH__)
+  return __fdividef(gate, 1.0f + __expf(-gate)) * up;  // a few units in the last place of fp32
+#else
+  return gate / (1.0f + expf(-gate)) * up;
+#endif
+}
 GRACE_HOST_DEVICE int64_t swiglu_column(int64_t gate_row) {
   return gate_row / kBand * (kBand / 2) + gate_row % (kBand / 2);
 }
@@ -222,8 +228,7 @@ GRACE_HOST_DEVICE void decode_fractions(const uint32_t* words, uint32_t (&a)[4])
   }
 }
 
-// --- the same times the scale: weights as training had them
-// ---------------------------------------
+// --- the same times the scale: weights as training had them --------------------------------------
 
 // One half of a register in both.
 GRACE_HOST_DEVICE uint32_t pair_of(uint32_t bits) { return bits | bits << 16; }

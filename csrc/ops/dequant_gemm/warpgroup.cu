@@ -22,7 +22,6 @@ namespace {
 
 constexpr int kGroupThreads = 4 * kWarpSize;  // of a warpgroup
 constexpr int kMostStages = 24;
-constexpr int kStored = 32;  // rows of x that leave together
 constexpr int kBarrierBytes = 1024;
 static_assert(2 * kMostStages * 8 <= kBarrierBytes);
 
@@ -31,23 +30,32 @@ struct Shape {
   static constexpr int kTokens = kTokens_;  // rows of x
   static constexpr int kGroups = kGroups_;  // warpgroups that multiply
   static constexpr int kMultipliers = kGroups * kGroupThreads;
-  static constexpr int kThreads = kMultipliers + kGroupThreads;  // one more warpgroup copies
-  // With many sums the warps that multiply take registers over from those that copy.
+  // With many sums the warps that multiply take registers over from a whole warpgroup that copies.
   static constexpr bool kTakesRegisters = kTokens * kGroups > 384;
+  static constexpr int kThreads = kMultipliers + (kTakesRegisters ? kGroupThreads : kWarpSize);
+  // Of a multiprocessor. While one multiplies, the other one, perhaps of the next kernel, fills its
+  // ring; and where they share the work, the products of one hide behind the weights of the other.
+  static constexpr int kBlocks = (kTokens <= 64 && kGroups == 2) || kTokens * kGroups <= 96 ? 2 : 1;
   static constexpr int kFragments = kTokens / 8;              // of sums, of a warp
   static constexpr int kAllFragments = kFragments * kGroups;  // of the block's warps of one number
   static constexpr int kStageTiles = kTokens < 256 ? 2 : 1;   // of K
   static constexpr int kXBytes = kTokens * kTile * 2;         // of a tile of K
 };
 
-// A stage of the ring: x, codes [warpgroup][tile], scales [group of K][row].
-template <int kBits, typename S>
-struct Stage {
+// What a kernel is made for: `kWide` where a stage has one scale a row.
+template <int kBits_, typename S_, bool kWide_, typename T_>
+struct Kind {
+  static constexpr int kBits = kBits_;
+  static constexpr bool kWide = kWide_;
+  using S = S_;
+  using T = T_;
+
+  // A stage of the ring: x, codes [warpgroup][tile], scales [group of K][row].
   static constexpr int kTileBytes = Layout<kBits>::kTileWords * 4;
   static constexpr int kCodes = S::kStageTiles * S::kXBytes;
   static constexpr int kScales = kCodes + S::kGroups * S::kStageTiles * kTileBytes;
   static constexpr int kScaleBytes = S::kGroups * kTile * 2;  // of a group of K
-  static constexpr int kUsed = kScales + 2 * S::kStageTiles * kScaleBytes;
+  static constexpr int kUsed = kScales + (kWide ? 1 : 2 * S::kStageTiles) * kScaleBytes;
   static constexpr int kBytes = (kUsed + 1023) / 1024 * 1024;  // x is swizzled from such multiples
 };
 
@@ -57,11 +65,10 @@ struct Work {
   int cluster, stages;
   int stage_scales;   // groups of K in a stage
   int scales_stages;  // stages that one group of K, if it is larger, goes on for
-  bool stores;        // the output can be written by the copy engine
 };
 
 struct Maps {
-  CUtensorMap x, codes, scales, out;
+  CUtensorMap x, codes, scales;
 };
 
 // Rows of x of about so many columns of blocks are worked on at once: what is read of x and of the
@@ -83,7 +90,7 @@ struct Output {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 // The ring of stages as a warp walks it: addresses in shared memory, and the parity of this round.
-template <int kBits, typename S>
+template <typename K>
 class Ring {
  public:
   __device__ __forceinline__ Ring(uint32_t stages, uint32_t barriers, int count)
@@ -102,13 +109,13 @@ class Ring {
   __device__ __forceinline__ void init() const {
     for (uint32_t barrier = first_barrier_; barrier < end_; barrier += 8) {
       init_barrier(barrier, 1);
-      init_barrier(barrier + kMostStages * 8, S::kMultipliers / kWarpSize);
+      init_barrier(barrier + kMostStages * 8, K::S::kMultipliers / kWarpSize);
     }
     fence_barriers();
   }
 
   __device__ __forceinline__ void next() {
-    stage_ += Stage<kBits, S>::kBytes;
+    stage_ += K::kBytes;
     barrier_ += 8;
     if (barrier_ == end_) {
       stage_ = first_stage_;
@@ -128,25 +135,30 @@ class Ring {
 // --- the warp that copies
 // -------------------------------------------------------------------------
 
-template <int kBits, typename S>
+template <typename K>
 class Copier {
+  using S = typename K::S;
+
  public:
-  __device__ __forceinline__ Copier(const Maps& maps, const Work& work, const Ring<kBits, S>& ring,
+  __device__ __forceinline__ Copier(const Maps& maps, const Work& work, const Ring<K>& ring,
                                     int first_pair, int last_pair)
       : maps_(maps),
         work_(work),
         ring_(ring),
         first_(first_pair * 2 / S::kStageTiles),
         last_(last_pair * 2 / S::kStageTiles),
-        bytes_(Stage<kBits, S>::kScales + work.stage_scales * Stage<kBits, S>::kScaleBytes) {}
+        bytes_(K::kScales + work.stage_scales * K::kScaleBytes) {}
 
   __device__ __forceinline__ void run(int index, int step) {
     const int outputs = work_.row_tiles * work_.token_tiles;
     if (index >= outputs) return;
+    prefetch_map(maps_.codes);
+    prefetch_map(maps_.scales);
+    prefetch_map(maps_.x);
     // Weights are no kernel's output: their first copies start before the kernel ahead has ended.
     const Output first(work_, index);
     const int ahead = min(work_.stages, last_ - first_);
-    Ring<kBits, S> early = ring_;
+    Ring<K> early = ring_;
     Group group(work_, first_);
     for (int i = first_; i < first_ + ahead; ++i, early.next()) {
       weights(early, first, i, group.row);
@@ -184,15 +196,12 @@ class Copier {
     }
   }
 
-  __device__ __forceinline__ void weights(const Ring<kBits, S>& ring, const Output& output, int i,
+  __device__ __forceinline__ void weights(const Ring<K>& ring, const Output& output, int i,
                                           int scales_row) const {
-    using Here = Stage<kBits, S>;
     const int first = output.row_tile * S::kGroups;
     warp_expect_bytes(ring.full(), bytes_);
-    warp_copy_box_4d(ring.stage() + Here::kCodes, maps_.codes, i * S::kStageTiles, first,
-                     ring.full());
-    warp_copy_box(ring.stage() + Here::kScales, maps_.scales, first * kTile, scales_row,
-                  ring.full());
+    warp_copy_box_4d(ring.stage() + K::kCodes, maps_.codes, i * S::kStageTiles, first, ring.full());
+    warp_copy_box(ring.stage() + K::kScales, maps_.scales, first * kTile, scales_row, ring.full());
   }
 
   __device__ __forceinline__ void x(const Output& output, int i) const {
@@ -204,7 +213,7 @@ class Copier {
 
   const Maps& maps_;
   const Work& work_;
-  Ring<kBits, S> ring_;
+  Ring<K> ring_;
   const int first_, last_, bytes_;
 };
 
@@ -223,143 +232,9 @@ __device__ __forceinline__ uint32_t read_shared_half(uint32_t from) {
   return v;
 }
 
-// Where a stage has the scales of its tiles and their halves, beside the first.
-struct ScalePlaces {
-  uint32_t tile, half;
-
-  template <typename S>
-  __device__ __forceinline__ static ScalePlaces of(const Work& work) {
-    constexpr uint32_t kBytes = S::kGroups * kTile * 2;
-    const int per_tile = work.stage_scales / S::kStageTiles;  // 0, 1 or 2
-    return {per_tile * kBytes, per_tile > 1 ? kBytes : 0};
-  }
-};
-
-// A warp's 16 rows of a tile of K as they came, and as operand A of four products.
-template <int kBits, typename S, typename T>
-class Codes {
- public:
-  __device__ __forceinline__ explicit Codes(const Work& work) : places_(ScalePlaces::of<S>(work)) {
-    using Here = Stage<kBits, S>;
-    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-    words_place_ = Here::kCodes + warp / 4 * S::kStageTiles * Here::kTileBytes +
-                   warp % 4 * Layout<kBits>::kBandWords * 4 + lane * 16;
-    scales_place_ = Here::kScales + (warp * kBand + lane / 4) * 2;
-  }
-
-  template <int kStageTile>
-  __device__ __forceinline__ void read(uint32_t stage) {
-#pragma unroll
-    for (int i = 0; i < kBits / 4; ++i)
-      read_shared(
-          stage + words_place_ + kStageTile * Stage<kBits, S>::kTileBytes + i * kWarpSize * 16,
-          words_[i]);
-    scales_ = stage + scales_place_ + kStageTile * places_.tile;
-    low_ = read_shared_half(scales_);
-    high_ = read_shared_half(scales_ + 16);
-  }
-
-  __device__ __forceinline__ void decode(uint32_t (&a)[16]) const {
-    RowScale<kBits, T> rows[2];
-    rows[0].set(low_);
-    rows[1].set(high_);
-#pragma unroll
-    for (int block = 0; block < kBlocksPerTile; ++block) {
-      if (block == kBlocksPerTile / 2 && places_.half != 0) {
-        rows[0].set(read_shared_half(scales_ + places_.half));
-        rows[1].set(read_shared_half(scales_ + places_.half + 16));
-      }
-      constexpr int kWords = Layout<kBits>::kBlockWords;
-      uint32_t words[kWords], four[4];
-#pragma unroll
-      for (int i = 0; i < kWords; ++i)
-        words[i] = words_[(block * kWords + i) / 4][(block * kWords + i) % 4];
-      decode_weights<kBits, T>(words, rows, four);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) a[block * 4 + i] = four[i];
-    }
-  }
-
- private:
-  const ScalePlaces places_;
-  uint32_t words_place_, scales_place_;
-  uint32_t words_[kBits / 4][4];
-  uint32_t scales_, low_, high_;
-};
-
-template <int kBits, typename S, typename T>
-class Multiplier {
- public:
-  __device__ __forceinline__ Multiplier(const Ring<kBits, S>& ring, const Work& work)
-      : ring_(ring), codes_(work) {}
-
-  // The sums of `pairs` pairs of tiles of K, from the ring's next stages. While the products of one
-  // tile run, the weights of the next one are made, and the codes of the one after it are read.
-  __device__ __forceinline__ void run(int pairs, float (&sums)[S::kTokens / 2]) {
-    uint32_t even[16], odd[16];
-    uint32_t used = 0;
-    enter();
-    for (int left = pairs; left > 0; --left) {
-      codes_.decode(even);
-      const uint32_t even_x = ring_.stage(), even_empty = ring_.empty();
-      if constexpr (S::kStageTiles == 1) {
-        ring_.next();
-        enter();
-      } else {
-        codes_.template read<S::kStageTiles - 1>(ring_.stage());
-      }
-      multiply(sums, even, even_x, left < pairs);
-      wgmma_wait<1>();
-      fence_operands(odd);
-      if (left < pairs) release(used);
-
-      codes_.decode(odd);
-      const uint32_t odd_x = ring_.stage() + (S::kStageTiles - 1) * S::kXBytes;
-      used = ring_.empty();
-      ring_.next();
-      if (left > 1) enter();
-      multiply(sums, odd, odd_x, true);
-      wgmma_wait<1>();
-      fence_operands(even);
-      if (S::kStageTiles == 1) release(even_empty);
-    }
-    wgmma_wait<0>();
-    fence_operands(odd);
-    fence_operands(sums);
-    release(used);
-  }
-
- private:
-  __device__ __forceinline__ void enter() {
-    wait_for(ring_.full(), ring_.parity());
-    codes_.template read<0>(ring_.stage());
-  }
-
-  __device__ __forceinline__ void multiply(float (&sums)[S::kTokens / 2], uint32_t (&a)[16],
-                                           uint32_t x, bool add) {
-    const uint32_t operand = wgmma_operand(x);
-    fence_operands(a);
-    fence_operands(sums);
-    wgmma_fence();
-#pragma unroll
-    for (int block = 0; block < kBlocksPerTile; ++block)
-      wgmma<T, S::kTokens>(sums, a + block * 4, operand + block * 2, block > 0 || add);
-    wgmma_commit();
-  }
-
-  __device__ __forceinline__ void release(uint32_t empty) const {
-    if (threadIdx.x % kWarpSize == 0) arrive(empty);
-  }
-
-  Ring<kBits, S> ring_;
-  Codes<kBits, S, T> codes_;
-};
-
-// --- the end of a tile of output
-// ------------------------------------------------------------------
-
-__device__ __forceinline__ void group_barrier() {
-  asm volatile("bar.sync %0, %1;" ::"r"(threadIdx.x / kGroupThreads + 1), "n"(kGroupThreads)
+__device__ __forceinline__ void write_shared(uint32_t to, const uint32_t (&v)[4]) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v[0]), "r"(v[1]),
+               "r"(v[2]), "r"(v[3])
                : "memory");
 }
 
@@ -368,127 +243,293 @@ __device__ __forceinline__ uint32_t rounded_pair(float low, float high) {
   return from_float<T>(low).bits | uint32_t{from_float<T>(high).bits} << 16;
 }
 
-// Writes a warpgroup's tile of the output, kStored rows of x at a time: bias, SwiGLU, residual and
-// the one rounding as the sums lie, then turned round into one of two buffers and away.
+// A warp's 16 rows of a tile of K: as they came, and as operand A of four products.
+template <typename K>
+class Codes {
+  using S = typename K::S;
+  using T = typename K::T;
+  static constexpr int kBits = K::kBits;
+
+ public:
+  __device__ __forceinline__ explicit Codes(const Work& work) {
+    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+    words_place_ = K::kCodes + warp / 4 * S::kStageTiles * K::kTileBytes +
+                   warp % 4 * Layout<kBits>::kBandWords * 4 + lane * 16;
+    scales_place_ = K::kScales + (warp * kBand + lane / 4) * 2;
+    if constexpr (!K::kWide) {
+      const int per_tile = work.stage_scales / S::kStageTiles;  // 0, 1 or 2
+      next_tile_ = per_tile * K::kScaleBytes;
+      next_half_ = per_tile > 1 ? K::kScaleBytes : 0;
+    }
+  }
+
+  template <int kStageTile>
+  __device__ __forceinline__ void read(uint32_t stage) {
+#pragma unroll
+    for (int i = 0; i < kBits / 4; ++i)
+      read_shared(stage + words_place_ + kStageTile * K::kTileBytes + i * kWarpSize * 16,
+                  words_[i]);
+    if constexpr (!K::kWide || kStageTile == 0) {
+      scales_ = stage + scales_place_ + (K::kWide ? 0 : kStageTile * next_tile_);
+      low_ = read_shared_half(scales_);
+      high_ = read_shared_half(scales_ + 16);
+    }
+  }
+
+  template <int kStageTile>
+  __device__ __forceinline__ void decode(uint32_t (&a)[16]) {
+    if constexpr (!K::kWide || kStageTile == 0) {
+      rows_[0].set(low_);
+      rows_[1].set(high_);
+    }
+#pragma unroll
+    for (int block = 0; block < kBlocksPerTile; ++block) {
+      if constexpr (!K::kWide) {
+        if (block == kBlocksPerTile / 2 && next_half_ != 0) {
+          rows_[0].set(read_shared_half(scales_ + next_half_));
+          rows_[1].set(read_shared_half(scales_ + next_half_ + 16));
+        }
+      }
+      constexpr int kWords = Layout<kBits>::kBlockWords;
+      uint32_t words[kWords], four[4];
+#pragma unroll
+      for (int i = 0; i < kWords; ++i)
+        words[i] = words_[(block * kWords + i) / 4][(block * kWords + i) % 4];
+      decode_weights<kBits, T>(words, rows_, four);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a[block * 4 + i] = four[i];
+    }
+  }
+
+ private:
+  uint32_t words_place_, scales_place_, next_tile_ = 0, next_half_ = 0;
+  uint32_t words_[kBits / 4][4];
+  uint32_t scales_, low_, high_;
+  RowScale<kBits, T> rows_[2];
+};
+
+template <typename K>
+class Multiplier {
+  using S = typename K::S;
+  using T = typename K::T;
+  using Sums = float[S::kTokens / 2];
+
+ public:
+  __device__ __forceinline__ Multiplier(const Ring<K>& ring, const Work& work)
+      : ring_(ring), codes_(work) {}
+
+  // Adds the products of `pairs` pairs of tiles of K, from the ring's next stages.
+  __device__ __forceinline__ void run(int pairs, Sums& sums) {
+    if constexpr (S::kBlocks > 1) {
+      in_turns(pairs, sums);
+    } else {
+      at_once(pairs, sums);
+    }
+  }
+
+ private:
+  // Weights and products of a tile one after the other: other warps fill the gaps.
+  __device__ __forceinline__ void in_turns(int pairs, Sums& sums) {
+    static_assert(S::kStageTiles == 2);
+    uint32_t a[16];
+    enter();
+    for (int left = pairs; left > 0; --left) {
+      codes_.template decode<0>(a);
+      codes_.template read<1>(ring_.stage());
+      multiply(sums, a, ring_.stage());
+      wgmma_wait<0>();
+      codes_.template decode<1>(a);
+      const uint32_t x = ring_.stage() + S::kXBytes, used = ring_.empty();
+      ring_.next();
+      if (left > 1) enter();
+      multiply(sums, a, x);
+      wgmma_wait<0>();
+      release(used);
+    }
+    fence_operands(sums);
+  }
+
+  // While the products of one tile run, the weights of the next one are made, and the codes of the
+  // one after it are read.
+  __device__ __forceinline__ void at_once(int pairs, Sums& sums) {
+    uint32_t even[16], odd[16];
+    uint32_t used = 0;
+    enter();
+    for (int left = pairs; left > 0; --left) {
+      codes_.template decode<0>(even);
+      const uint32_t even_x = ring_.stage(), even_empty = ring_.empty();
+      if constexpr (S::kStageTiles == 1) {
+        ring_.next();
+        enter();
+      } else {
+        codes_.template read<S::kStageTiles - 1>(ring_.stage());
+      }
+      multiply(sums, even, even_x);
+      wgmma_wait<1>();
+      if (left < pairs) release(used);
+
+      codes_.template decode<S::kStageTiles - 1>(odd);
+      const uint32_t odd_x = ring_.stage() + (S::kStageTiles - 1) * S::kXBytes;
+      used = ring_.empty();
+      ring_.next();
+      if (left > 1) enter();
+      multiply(sums, odd, odd_x);
+      wgmma_wait<1>();
+      if (S::kStageTiles == 1) release(even_empty);
+    }
+    wgmma_wait<0>();
+    fence_operands(sums);
+    release(used);
+  }
+
+  __device__ __forceinline__ void enter() {
+    wait_for(ring_.full(), ring_.parity());
+    codes_.template read<0>(ring_.stage());
+  }
+
+  __device__ __forceinline__ void multiply(Sums& sums, uint32_t (&a)[16], uint32_t x) {
+    const uint32_t operand = wgmma_operand(x);
+    wgmma_fence();
+#pragma unroll
+    for (int block = 0; block < kBlocksPerTile; ++block)
+      wgmma<T, S::kTokens>(sums, a + block * 4, operand + block * 2);
+    wgmma_commit();
+  }
+
+  __device__ __forceinline__ void release(uint32_t empty) const {
+    if (threadIdx.x % kWarpSize == 0) arrive(empty);
+  }
+
+  Ring<K> ring_;
+  Codes<K> codes_;
+};
+
+// --- the end of a tile of output
+// ------------------------------------------------------------------
+
+// Writes a warp's 16 rows of the weight's output, `kLeaving` rows of x at a time: bias, SwiGLU,
+// residual and the one rounding as the sums lie, then turned round in a buffer of the warp's own,
+// so that a lane has eight neighbours of a row of the output.
 template <typename S, typename T>
 class Writer {
  public:
-  static constexpr int kBufferBytes = kStored * kTile * 2;
+  static constexpr int kLeaving = S::kTokens < 32 ? S::kTokens : 32;
+  static constexpr int kBufferBytes = 32 * kBand * 2;
 
-  __device__ __forceinline__ Writer(const Call<T>& call, const CUtensorMap& out, uint32_t buffers)
-      : call_(call),
-        out_(out),
-        buffers_(buffers + threadIdx.x / kGroupThreads * 2 * kBufferBytes) {}
+  __device__ __forceinline__ Writer(const Call<T>& call, uint32_t buffers)
+      : call_(call), buffer_(buffers + threadIdx.x / kWarpSize * kBufferBytes) {}
 
   __device__ __forceinline__ void write(const Output& output, float (&sums)[S::kTokens / 2],
-                                        float fraction) {
+                                        float fraction) const {
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-    const int64_t tile_row = (int64_t{output.row_tile} * S::kGroups + warp / 4) * kTile;
-    const int64_t row = tile_row + warp % 4 * kBand + lane / 4;
+    const int64_t band = int64_t{output.row_tile} * S::kGroups * kTile + warp * kBand;
+    const int64_t row = band + lane / 4;
     const float low = call_.biased(0.0f, row), high = call_.biased(0.0f, row + 8);
 #pragma unroll
     for (int i = 0; i < S::kTokens / 2; ++i)
       sums[i] = sums[i] * fraction + (i % 4 < 2 ? low : high);
-    const int m = output.token_tile * S::kTokens;
+    if (call_.swiglu) {
 #pragma unroll
-    for (int first = 0; first < S::kTokens; first += kStored) {
-      if (m + first >= call_.problem.m) break;
-      const uint32_t buffer = buffers_ + turn_++ % 2 * kBufferBytes;
-      // The store before the last one was from this buffer.
-      if (threadIdx.x % kGroupThreads == 0) wait_for_stores<1>();
-      group_barrier();
-      constexpr int kSums = (kStored < S::kTokens ? kStored : S::kTokens) / 2;
-      float part[kSums];
-#pragma unroll
-      for (int i = 0; i < kSums; ++i) part[i] = sums[first / 2 + i];
-      if (call_.swiglu) {
-        turn_swiglu(part, row, m + first, buffer);
-      } else {
-        turn(part, row, m + first, buffer);
-      }
-      fence_for_stores();
-      group_barrier();
-      if (threadIdx.x % kGroupThreads == 0) {
-        store_box(buffer, out_, static_cast<int>(call_.swiglu ? tile_row / 2 : tile_row),
-                  m + first);
-        commit_stores();
+      for (int i = 0; i < S::kTokens / 2; i += 4) {
+        sums[i] = swiglu(sums[i], sums[i + 2]);
+        sums[i + 1] = swiglu(sums[i + 1], sums[i + 3]);
       }
     }
-  }
-
-  // Before the block ends: its shared memory has been read.
-  __device__ __forceinline__ void finish() const {
-    if (threadIdx.x % kGroupThreads == 0) wait_for_stores<0>();
+    const int64_t column = call_.swiglu ? band / 2 : band;
+    const int chunks = call_.swiglu ? 1 : 2;  // of 8 columns
+#pragma unroll
+    for (int first = 0; first < S::kTokens; first += kLeaving) {
+      const int64_t m = int64_t{output.token_tile} * S::kTokens + first;
+      if (m >= call_.problem.m) break;
+      float* const part = sums + first / 2;
+      if (call_.residual != nullptr) {
+        read_residual(m, column, chunks);
+        add_residual(part);
+      }
+      turn(part);
+      write_rows(m, column, chunks);
+    }
   }
 
  private:
-  // Two sums of neighbouring rows of x, with their residual.
-  __device__ __forceinline__ uint32_t pair(float a, float b, int64_t column, int m) const {
-    if (call_.residual != nullptr && column < call_.columns()) {
-      const T* const at = call_.residual + int64_t{m} * call_.columns() + column;
-      if (m < call_.problem.m) a += to_float(at[0]);
-      if (m + 1 < call_.problem.m) b += to_float(at[call_.columns()]);
-    }
-    return rounded_pair<T>(a, b);
+  // A chunk of 8 columns of a row of x in the buffer: no two of a quarter warp's in one bank.
+  __device__ __forceinline__ uint32_t place(int token, int chunk) const {
+    return buffer_ + token * kBand * 2 + (chunk ^ token / 4 % 2) * 16;
   }
 
-  template <int kSums>
-  __device__ __forceinline__ void turn(const float (&v)[kSums], int64_t row, int m,
-                                       uint32_t buffer) const {
-    const int lane = threadIdx.x % kWarpSize, band = threadIdx.x / kWarpSize % 4;
-    const int token = lane / 16 * 8 + lane % 8, chunk = band * 2 + lane / 8 % 2;
-#pragma unroll
-    for (int f = 0; f < kSums / 4; f += 2) {
-      uint32_t out[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        out[i] = pair(v[(f + i / 2) * 4 + i % 2 * 2], v[(f + i / 2) * 4 + i % 2 * 2 + 1],
-                      row + i % 2 * 8, m + (f + i / 2) * 8 + lane % 4 * 2);
-      // Rows of 128 bytes, swizzled as the map has it.
-      store_turned(buffer + (f * 8 + token) * 128 + (chunk ^ token % 8) * 16, out);
-    }
+  // This lane's chunk for turning fragments f and f + 1 round.
+  __device__ __forceinline__ uint32_t turned_place(int f) const {
+    const int lane = threadIdx.x % kWarpSize;
+    return place(f * 8 + lane / 16 * 8 + lane % 8, lane / 8 % 2);
   }
 
-  template <int kSums>
-  __device__ __forceinline__ void turn_swiglu(const float (&v)[kSums], int64_t row, int m,
-                                              uint32_t buffer) const {
-    const int lane = threadIdx.x % kWarpSize, band = threadIdx.x / kWarpSize % 4;
-    const int64_t column = swiglu_column(row);
+  __device__ __forceinline__ void turn(const float* v) const {
 #pragma unroll
-    for (int f = 0; f < kSums / 4; f += 4) {
-      uint32_t out[4];
+    for (int f = 0; f < kLeaving / 8; f += 2) {
+      uint32_t four[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) four[i] = rounded_pair<T>(v[f * 4 + i * 2], v[f * 4 + i * 2 + 1]);
+      store_turned(turned_place(f), four);
+    }
+    __syncwarp();
+  }
+
+  __device__ __forceinline__ void add_residual(float* v) const {
+#pragma unroll
+    for (int f = 0; f < kLeaving / 8; f += 2) {
+      uint32_t four[4];
+      load_turned(turned_place(f), four);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int at = (f + i) % (kSums / 4) * 4;
-        out[i] = pair(swiglu(v[at], v[at + 2]), swiglu(v[at + 1], v[at + 3]), column,
-                      m + (f + i) * 8 + lane % 4 * 2);
+        v[f * 4 + i * 2] += to_float(T{static_cast<uint16_t>(four[i])});
+        v[f * 4 + i * 2 + 1] += to_float(T{static_cast<uint16_t>(four[i] >> 16)});
       }
-      // Rows of 64 bytes. With 16 rows of x the second half of the buffer is not stored.
-      const int token = f * 8 + lane;
-      store_turned(buffer + token * 64 + (band ^ token / 2 % 4) * 16, out);
     }
+    __syncwarp();
+  }
+
+  // Calls f(place, pointer offset, columns) for every chunk of this lane's.
+  template <typename F>
+  __device__ __forceinline__ void for_chunks(int64_t m, int64_t column, int chunks, F&& f) const {
+    const int64_t columns = call_.columns();
+    for (int i = threadIdx.x % kWarpSize; i < kLeaving * chunks; i += kWarpSize) {
+      const int token = i / chunks, chunk = i % chunks;
+      const int64_t left = columns - (column + chunk * 8);
+      if (m + token < call_.problem.m && left > 0)
+        f(place(token, chunk), (m + token) * columns + column + chunk * 8,
+          left < 8 ? static_cast<int>(left) : 8);
+    }
+    __syncwarp();
+  }
+
+  __device__ __forceinline__ void write_rows(int64_t m, int64_t column, int chunks) const {
+    const bool whole = call_.columns() % 8 == 0;
+    for_chunks(m, column, chunks, [&](uint32_t from, int64_t at, int columns) {
+      uint32_t v[4];
+      read_shared(from, v);
+      if (whole) {
+        *reinterpret_cast<uint4*>(call_.out + at) = make_uint4(v[0], v[1], v[2], v[3]);
+      } else {
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+          if (i < columns) call_.out[at + i].bits = static_cast<uint16_t>(v[i / 2] >> (i % 2 * 16));
+      }
+    });
+  }
+
+  __device__ __forceinline__ void read_residual(int64_t m, int64_t column, int chunks) const {
+    for_chunks(m, column, chunks, [&](uint32_t to, int64_t at, int columns) {
+      uint32_t v[4] = {};
+#pragma unroll
+      for (int i = 0; i < 8; ++i)
+        if (i < columns) v[i / 2] |= uint32_t{call_.residual[at + i].bits} << (i % 2 * 16);
+      write_shared(to, v);
+    });
   }
 
   const Call<T>& call_;
-  const CUtensorMap& out_;
-  const uint32_t buffers_;
-  uint32_t turn_ = 0;
+  const uint32_t buffer_;
 };
-
-template <typename S, typename T>
-__device__ __forceinline__ void write_fragments(const Call<T>& call, const Output& output,
-                                                const float (&sums)[S::kTokens / 2],
-                                                float fraction) {
-  const int warp = threadIdx.x / kWarpSize;
-  const int64_t row = (int64_t{output.row_tile} * S::kGroups + warp / 4) * kTile + warp % 4 * kBand;
-#pragma unroll
-  for (int f = 0; f < S::kFragments; ++f) {
-    float sum[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) sum[i] = sums[f * 4 + i] * fraction;
-    write_fragment(call, row, int64_t{output.token_tile} * S::kTokens + f * 8, sum);
-  }
-}
 
 // Fragment f of the block is added up in block f % cluster, in the order of the blocks:
 // [f / cluster][block of the cluster][thread of a warpgroup]
@@ -509,8 +550,8 @@ __device__ __forceinline__ void share_sums(const float (&sums)[S::kTokens / 2], 
 }
 
 template <typename S, typename T>
-__device__ __forceinline__ void write_shared(const Call<T>& call, const Output& output, int cluster,
-                                             int rank, float fraction, const float4* shared) {
+__device__ __forceinline__ void add_up(const Call<T>& call, const Output& output, int cluster,
+                                       int rank, float fraction, const float4* shared) {
   const int group = static_cast<int>(threadIdx.x) / kGroupThreads;
   for (int i = group; i * cluster + rank < S::kAllFragments; i += S::kGroups) {
     float sum[4] = {};
@@ -532,31 +573,35 @@ __device__ __forceinline__ void write_shared(const Call<T>& call, const Output& 
 
 #endif
 
-template <int kBits, typename S, typename T>
-__global__ void __launch_bounds__(S::kThreads, 1)
-    warpgroup_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Call<T> call,
+template <typename K>
+__global__ void __launch_bounds__(K::S::kThreads, K::S::kBlocks)
+    warpgroup_kernel(const __grid_constant__ Maps maps,
+                     const __grid_constant__ Call<typename K::T> call,
                      const __grid_constant__ Work work) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  using S = typename K::S;
   GRACE_DYNAMIC_SHARED(unaligned);
   unsigned char* const barriers = unaligned + (-shared_address(unaligned) & 1023);
   unsigned char* const shared = barriers + kBarrierBytes;
-  unsigned char* const after = shared + work.stages * Stage<kBits, S>::kBytes;
-  auto* const sums_place = reinterpret_cast<float4*>(after);  // of a cluster
-  const Ring<kBits, S> ring(shared_address(shared), shared_address(barriers), work.stages);
+  unsigned char* const after = shared + work.stages * K::kBytes;
+  auto* const sums_place = reinterpret_cast<float4*>(after);  // of a cluster; else the writers'
+  const Ring<K> ring(shared_address(shared), shared_address(barriers), work.stages);
   const int rank = static_cast<int>(cluster_rank());
   const int first = work.pairs * rank / work.cluster;
   const int last = work.pairs * (rank + 1) / work.cluster;
   const int step = static_cast<int>(gridDim.x) / work.cluster;
   int index = static_cast<int>(blockIdx.x) / work.cluster;
+  // The same in all lanes, as the compiler learns from this.
+  const int warp = __shfl_sync(0xffffffff, static_cast<int>(threadIdx.x) / kWarpSize, 0);
 
   if (threadIdx.x == 0) ring.init();
   __syncthreads();
   if (work.cluster > 1) cluster_arrive();  // this block runs
 
-  if (threadIdx.x >= S::kMultipliers) {
+  if (warp >= S::kMultipliers / kWarpSize) {
     if constexpr (S::kTakesRegisters) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-    if (threadIdx.x / kWarpSize == S::kMultipliers / kWarpSize)
-      Copier<kBits, S>(maps, work, ring, first, last).run(index, step);
+    if (warp == S::kMultipliers / kWarpSize)
+      Copier<K>(maps, work, ring, first, last).run(index, step);
     if (work.cluster > 1) {
       cluster_wait();
       cluster_barrier(work.cluster);
@@ -566,25 +611,22 @@ __global__ void __launch_bounds__(S::kThreads, 1)
 
   if constexpr (S::kTakesRegisters) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
   wait_for_previous_kernel();
-  constexpr float kFraction = 1.0f / RowScale<kBits, T>::kFraction;
-  Multiplier<kBits, S, T> multiplier(ring, work);
-  Writer<S, T> writer(call, maps.out, shared_address(after));
+  constexpr float kFraction = 1.0f / RowScale<K::kBits, typename K::T>::kFraction;
+  Multiplier<K> multiplier(ring, work);
+  const Writer<S, typename K::T> writer(call, shared_address(after));
   for (; index < work.row_tiles * work.token_tiles; index += step) {
     const Output output(work, index);
-    float sums[S::kTokens / 2];
+    float sums[S::kTokens / 2] = {};
     multiplier.run(last - first, sums);
     if (work.cluster > 1) {
       cluster_wait();
       share_sums<S>(sums, work.cluster, rank, sums_place);
       cluster_barrier(work.cluster);
-      write_shared<S>(call, output, work.cluster, rank, kFraction, sums_place);
-    } else if (work.stores) {
-      writer.write(output, sums, kFraction);
+      add_up<S>(call, output, work.cluster, rank, kFraction, sums_place);
     } else {
-      write_fragments<S>(call, output, sums, kFraction);
+      writer.write(output, sums, kFraction);
     }
   }
-  writer.finish();
 #endif
 }
 
@@ -607,64 +649,57 @@ bool with_variant(int variant, F&& f) {
     case 4:
       return f(Shape<32, 3>{}, cluster);
     case 5:
-      return f(Shape<32, 4>{}, cluster);
-    case 6:
       return f(Shape<64, 2>{}, cluster);
-    case 7:
+    case 6:
       return f(Shape<64, 3>{}, cluster);
-    case 8:
-      return f(Shape<64, 4>{}, cluster);
-    case 9:
+    case 7:
       return f(Shape<128, 2>{}, cluster);
-    case 10:
+    case 8:
       return f(Shape<128, 3>{}, cluster);
-    case 11:
+    case 9:
       return f(Shape<192, 2>{}, cluster);
-    case 12:
+    case 10:
       return f(Shape<256, 2>{}, cluster);
     default:
       return false;
   }
 }
-constexpr int kVariants = 13 * 8;
+constexpr int kVariants = 11 * 8;
 
 // Of shared memory, beside the stages: alignment, barriers, and where sums meet or leave from.
 template <typename S>
 int fixed_bytes(int cluster) {
   const int met = ceil_div(S::kAllFragments, cluster) * cluster * kGroupThreads * 16;
-  const int leaving = S::kGroups * 2 * kStored * kTile * 2;
+  const int leaving = S::kMultipliers / kWarpSize * 32 * kBand * 2;
   return 1024 + kBarrierBytes + (cluster > 1 ? met : leaving);
 }
 
-template <int kBits, typename S>
+template <typename K>
 int stages_of(int cluster, const Device& device) {
-  return std::min(kMostStages,
-                  (device.shared_bytes - fixed_bytes<S>(cluster)) / Stage<kBits, S>::kBytes);
+  constexpr int kReserved = 1024;  // of a block, by CUDA
+  const int all = device.shared_bytes + kReserved;
+  const int shared = all / K::S::kBlocks - kReserved;
+  return std::min(kMostStages, (shared - fixed_bytes<typename K::S>(cluster)) / K::kBytes);
 }
 
-template <int kBits, typename S, typename T>
+template <typename K, typename T>
 bool fits(const Call<T>& call, int cluster, const Device& device) {
   const Problem& p = call.problem;
-  const int64_t tokens = ceil_div<int64_t>(p.m, S::kTokens) * S::kTokens;
-  const bool groups =
-      p.group_size < 2 * kTile || p.group_size % (2 * kTile) == 0 || p.groups() == 1;
-  return device.capability == 90 && readable(call) && groups &&
+  const int64_t tokens = ceil_div<int64_t>(p.m, K::S::kTokens) * K::S::kTokens;
+  return device.capability == 90 && readable(call) &&
          call.scales.is_bf16 == std::is_same_v<T, bf16> && p.k_tiles >= 2 * cluster &&
-         stages_of<kBits, S>(cluster, device) >= 3 && p.m < 1 << 30 &&
-         (p.m + 7) / 8 * 8 * 2 > tokens;
+         stages_of<K>(cluster, device) >= 3 && p.m < 1 << 30 &&
+         (tokens == 16 || (p.m + 7) / 8 * 8 * 2 > tokens);
 }
 
-template <int kBits, typename S, typename T>
-Maps maps_of(const Call<T>& call, const Work& work) {
+template <typename K>
+Maps maps_of(const Call<typename K::T>& call, const Work& work) {
+  using S = typename K::S;
   const Problem& p = call.problem;
   const auto u = [](auto v) { return static_cast<cuuint64_t>(v); };
-  constexpr auto kType =
-      std::is_same_v<T, bf16> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  constexpr cuuint32_t kRow = 256, kRows = Layout<kBits>::kTileWords / 256;  // words of a tile
-  constexpr cuuint64_t kTileBytes = Layout<kBits>::kTileWords * 4;
-  constexpr cuuint32_t kOutRows = kStored < S::kTokens ? kStored : S::kTokens;
-  const cuuint64_t columns = u(call.columns());
-  const cuuint32_t width = call.swiglu ? kTile / 2 : kTile;
+  constexpr auto kType = std::is_same_v<typename K::T, bf16> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                                             : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  constexpr cuuint32_t kRow = 256, kRows = K::kTileBytes / 4 / kRow;  // words of a tile
   Maps maps = {};
   maps.x = tensor_map<2>({kType,
                           call.x,
@@ -675,7 +710,7 @@ Maps maps_of(const Call<T>& call, const Work& work) {
   maps.codes = tensor_map<4>({CU_TENSOR_MAP_DATA_TYPE_UINT32,
                               call.qweight,
                               {kRow, kRows, u(p.k_tiles), u(p.n_tiles)},
-                              {kRow * 4, kTileBytes, u(p.k_tiles) * kTileBytes},
+                              {kRow * 4, K::kTileBytes, u(p.k_tiles) * K::kTileBytes},
                               {kRow, kRows, S::kStageTiles, S::kGroups},
                               CU_TENSOR_MAP_SWIZZLE_NONE});
   maps.scales = tensor_map<2>({kType,
@@ -684,19 +719,12 @@ Maps maps_of(const Call<T>& call, const Work& work) {
                                {u(call.scales.stride) * 2},
                                {S::kGroups * kTile, static_cast<cuuint32_t>(work.stage_scales)},
                                CU_TENSOR_MAP_SWIZZLE_NONE});
-  if (work.stores)
-    maps.out =
-        tensor_map<2>({kType,
-                       call.out,
-                       {columns, u(p.m)},
-                       {columns * 2},
-                       {width, kOutRows},
-                       call.swiglu ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B});
   return maps;
 }
 
-template <int kBits, typename S, typename T>
-void launch_warpgroup(const Call<T>& call, int cluster, int device_index) {
+template <typename K>
+void launch_warpgroup(const Call<typename K::T>& call, int cluster, int device_index) {
+  using S = typename K::S;
   const Device& device = Device::of(device_index);
   const Problem& p = call.problem;
   const auto i = [](int64_t x) { return static_cast<int>(x); };
@@ -706,21 +734,26 @@ void launch_warpgroup(const Call<T>& call, int cluster, int device_index) {
   work.row_tiles = i(ceil_div<int64_t>(p.n_tiles, S::kGroups));
   work.token_tiles = i(ceil_div<int64_t>(p.m, S::kTokens));
   work.cluster = cluster;
-  work.stages = stages_of<kBits, S>(cluster, device);
-  work.stage_scales = p.group_size < kStageColumns ? kStageColumns / i(p.group_size) : 1;
-  if (p.groups() == 1) work.stage_scales = 1;
-  work.scales_stages = i(std::max<int64_t>(1, ceil_div<int64_t>(p.group_size, kStageColumns)));
-  work.stores = call.columns() % 8 == 0 && reinterpret_cast<uintptr_t>(call.out) % 16 == 0;
+  work.stages = stages_of<K>(cluster, device);
+  work.stage_scales = K::kWide ? 1 : std::max(1, kStageColumns / i(p.group_size));
+  work.scales_stages = i(ceil_div<int64_t>(p.group_size, kStageColumns));
   const int outputs = work.row_tiles * work.token_tiles;
-  const auto clusters =
-      static_cast<unsigned>(cluster > 1 ? outputs : std::min(outputs, device.processors));
-  LaunchShape shape{
-      clusters * cluster, S::kThreads,
-      static_cast<size_t>(fixed_bytes<S>(cluster) + work.stages * Stage<kBits, S>::kBytes)};
+  const auto clusters = static_cast<unsigned>(
+      cluster > 1 ? outputs : std::min(outputs, device.processors * S::kBlocks));
+  LaunchShape shape{clusters * cluster, S::kThreads,
+                    static_cast<size_t>(fixed_bytes<S>(cluster) + work.stages * K::kBytes)};
   shape.dependent = true;
   shape.cluster = static_cast<unsigned>(cluster);
-  launch(warpgroup_kernel<kBits, S, T>, shape, device_index, maps_of<kBits, S>(call, work), call,
-         work);
+  launch(warpgroup_kernel<K>, shape, device_index, maps_of<K>(call, work), call, work);
+}
+
+// Calls f(kind) with the kind of kernel that a call needs; false where there is none.
+template <int kBits, typename S, typename T, typename F>
+bool with_kind(const Call<T>& call, F&& f) {
+  const Problem& p = call.problem;
+  if (p.groups() == 1 || p.group_size % (2 * kTile) == 0) return f(Kind<kBits, S, true, T>{});
+  if (p.group_size == kTile || p.group_size == kTile / 2) return f(Kind<kBits, S, false, T>{});
+  return false;
 }
 
 }  // namespace
@@ -730,15 +763,18 @@ int warpgroup_variants() { return kVariants; }
 template <int kBits, typename T>
 bool warpgroup_runs(const Call<T>& call, int variant, int device) {
   return with_variant(variant, [&](auto shape, int cluster) {
-    return fits<kBits, decltype(shape)>(call, cluster, Device::of(device));
+    return with_kind<kBits, decltype(shape)>(
+        call, [&](auto kind) { return fits<decltype(kind)>(call, cluster, Device::of(device)); });
   });
 }
 
 template <int kBits, typename T>
 void warpgroup(const Call<T>& call, int variant, int device) {
   with_variant(variant, [&](auto shape, int cluster) {
-    launch_warpgroup<kBits, decltype(shape)>(call, cluster, device);
-    return true;
+    return with_kind<kBits, decltype(shape)>(call, [&](auto kind) {
+      launch_warpgroup<decltype(kind)>(call, cluster, device);
+      return true;
+    });
   });
 }
 
