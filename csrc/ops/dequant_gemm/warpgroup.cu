@@ -276,25 +276,28 @@ class Codes {
     }
   }
 
-  template <int kStageTile>
-  __device__ __forceinline__ void decode(uint32_t (&a)[16]) {
-    if constexpr (!K::kWide || kStageTile == 0) {
+  // Half a tile: two blocks of 16 columns.
+  template <int kStageTile, int kHalf>
+  __device__ __forceinline__ void decode(uint32_t (&a)[8]) {
+    if constexpr (kHalf == 0 && (!K::kWide || kStageTile == 0)) {
       rows_[0].set(low_);
       rows_[1].set(high_);
     }
-#pragma unroll
-    for (int block = 0; block < kBlocksPerTile; ++block) {
-      if constexpr (!K::kWide) {
-        if (block == kBlocksPerTile / 2 && next_half_ != 0) {
-          rows_[0].set(read_shared_half(scales_ + next_half_));
-          rows_[1].set(read_shared_half(scales_ + next_half_ + 16));
-        }
+    if constexpr (kHalf == 1 && !K::kWide) {
+      if (next_half_ != 0) {
+        rows_[0].set(read_shared_half(scales_ + next_half_));
+        rows_[1].set(read_shared_half(scales_ + next_half_ + 16));
       }
+    }
+#pragma unroll
+    for (int block = 0; block < 2; ++block) {
       constexpr int kWords = Layout<kBits>::kBlockWords;
       uint32_t words[kWords], four[4];
 #pragma unroll
-      for (int i = 0; i < kWords; ++i)
-        words[i] = words_[(block * kWords + i) / 4][(block * kWords + i) % 4];
+      for (int i = 0; i < kWords; ++i) {
+        const int at = (kHalf * 2 + block) * kWords + i;
+        words[i] = words_[at / 4][at % 4];
+      }
       decode_weights<kBits, T>(words, rows_, four);
 #pragma unroll
       for (int i = 0; i < 4; ++i) a[block * 4 + i] = four[i];
@@ -320,66 +323,39 @@ class Multiplier {
 
   // Adds the products of `pairs` pairs of tiles of K, from the ring's next stages.
   __device__ __forceinline__ void run(int pairs, Sums& sums) {
-    if constexpr (S::kBlocks > 1) {
-      in_turns(pairs, sums);
-    } else {
-      at_once(pairs, sums);
-    }
-  }
-
- private:
-  // Weights and products of a tile one after the other: other warps fill the gaps.
-  __device__ __forceinline__ void in_turns(int pairs, Sums& sums) {
-    static_assert(S::kStageTiles == 2);
-    uint32_t a[16];
+    uint32_t first[8], second[8];
     enter();
     for (int left = pairs; left > 0; --left) {
-      codes_.template decode<0>(a);
-      codes_.template read<1>(ring_.stage());
-      multiply(sums, a, ring_.stage());
-      wgmma_wait<0>();
-      codes_.template decode<1>(a);
-      const uint32_t x = ring_.stage() + S::kXBytes, used = ring_.empty();
-      ring_.next();
-      if (left > 1) enter();
-      multiply(sums, a, x);
-      wgmma_wait<0>();
-      release(used);
-    }
-    fence_operands(sums);
-  }
-
-  // While the products of one tile run, the weights of the next one are made, and the codes of the
-  // one after it are read.
-  __device__ __forceinline__ void at_once(int pairs, Sums& sums) {
-    uint32_t even[16], odd[16];
-    uint32_t used = 0;
-    enter();
-    for (int left = pairs; left > 0; --left) {
-      codes_.template decode<0>(even);
-      const uint32_t even_x = ring_.stage(), even_empty = ring_.empty();
-      if constexpr (S::kStageTiles == 1) {
-        ring_.next();
-        enter();
-      } else {
-        codes_.template read<S::kStageTiles - 1>(ring_.stage());
-      }
-      multiply(sums, even, even_x);
-      wgmma_wait<1>();
-      if (left < pairs) release(used);
-
-      codes_.template decode<S::kStageTiles - 1>(odd);
-      const uint32_t odd_x = ring_.stage() + (S::kStageTiles - 1) * S::kXBytes;
-      used = ring_.empty();
-      ring_.next();
-      if (left > 1) enter();
-      multiply(sums, odd, odd_x);
-      wgmma_wait<1>();
-      if (S::kStageTiles == 1) release(even_empty);
+      tile<0>(first, second, sums, left < pairs, true);
+      tile<1>(first, second, sums, true, left > 1);
     }
     wgmma_wait<0>();
     fence_operands(sums);
-    release(used);
+    release(used_);
+  }
+
+ private:
+  // While the products of half a tile run, the weights of the next half are made.
+  template <int kParity>
+  __device__ __forceinline__ void tile(uint32_t (&first)[8], uint32_t (&second)[8], Sums& sums,
+                                       bool releases, bool enters) {
+    constexpr bool kOneTile = S::kStageTiles == 1;
+    constexpr int kStageTile = kOneTile ? 0 : kParity;
+    const uint32_t x = wgmma_operand(ring_.stage() + kStageTile * S::kXBytes);
+    codes_.template decode<kStageTile, 0>(first);
+    multiply(sums, first, x);
+    wgmma_wait<1>();
+    if ((kParity == 0 || kOneTile) && releases) release(used_);
+    codes_.template decode<kStageTile, 1>(second);
+    if constexpr (kParity == 1 || kOneTile) {
+      used_ = ring_.empty();
+      ring_.next();
+      if (enters) enter();
+    } else {
+      codes_.template read<1 - kOneTile>(ring_.stage());
+    }
+    multiply(sums, second, x + 4);
+    wgmma_wait<1>();
   }
 
   __device__ __forceinline__ void enter() {
@@ -387,12 +363,10 @@ class Multiplier {
     codes_.template read<0>(ring_.stage());
   }
 
-  __device__ __forceinline__ void multiply(Sums& sums, uint32_t (&a)[16], uint32_t x) {
-    const uint32_t operand = wgmma_operand(x);
+  __device__ __forceinline__ void multiply(Sums& sums, const uint32_t (&a)[8], uint32_t x) {
     wgmma_fence();
-#pragma unroll
-    for (int block = 0; block < kBlocksPerTile; ++block)
-      wgmma<T, S::kTokens>(sums, a + block * 4, operand + block * 2);
+    wgmma<T, S::kTokens>(sums, a, x);
+    wgmma<T, S::kTokens>(sums, a + 4, x + 2);
     wgmma_commit();
   }
 
@@ -402,6 +376,7 @@ class Multiplier {
 
   Ring<K> ring_;
   Codes<K> codes_;
+  uint32_t used_ = 0;  // the barrier of the stage that was left last
 };
 
 // --- the end of a tile of output
