@@ -54,12 +54,13 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 
 // The same place in the shared memory of block `rank`.
-__device__ __forceinline__ uint32_t address_in(const void* p, int rank) {
+__device__ __forceinline__ uint32_t address_in(uint32_t address, int rank) {
   uint32_t remote;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
-               : "=r"(remote)
-               : "r"(shared_address(p)), "r"(rank));
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
   return remote;
+}
+__device__ __forceinline__ uint32_t address_in(const void* p, int rank) {
+  return address_in(shared_address(p), rank);
 }
 
 // Barriers, by their address in shared memory.

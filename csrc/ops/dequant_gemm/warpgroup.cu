@@ -23,7 +23,7 @@ namespace {
 constexpr int kGroupThreads = 4 * kWarpSize;  // of a warpgroup
 constexpr int kMostStages = 24;
 constexpr int kBarrierBytes = 1024;
-static_assert(2 * kMostStages * 8 <= kBarrierBytes);
+static_assert((2 * kMostStages + 1) * 8 <= kBarrierBytes);
 
 template <int kTokens_, int kGroups_>
 struct Shape {
@@ -506,45 +506,79 @@ class Writer {
   const uint32_t buffer_;
 };
 
-// Fragment f of the block is added up in block f % cluster, in the order of the blocks:
-// [f / cluster][block of the cluster][thread of a warpgroup]
-template <typename S>
-__device__ __forceinline__ void share_sums(const float (&sums)[S::kTokens / 2], int cluster,
-                                           int rank, float4* shared) {
-  const int first = static_cast<int>(threadIdx.x) / kGroupThreads * S::kFragments;
-#pragma unroll
-  for (int i = 0; i < S::kFragments; ++i) {
-    const int f = first + i;
-    const float4* const place =
-        shared + (f / cluster * cluster + rank) * kGroupThreads + threadIdx.x % kGroupThreads;
-    asm volatile(
-        "st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address_in(place, f % cluster)),
-        "f"(sums[4 * i]), "f"(sums[4 * i + 1]), "f"(sums[4 * i + 2]), "f"(sums[4 * i + 3])
-        : "memory");
-  }
-}
+// --- where the blocks of a cluster add up
+// ---------------------------------------------------------
 
-template <typename S, typename T>
-__device__ __forceinline__ void add_up(const Call<T>& call, const Output& output, int cluster,
-                                       int rank, float fraction, const float4* shared) {
-  const int group = static_cast<int>(threadIdx.x) / kGroupThreads;
-  for (int i = group; i * cluster + rank < S::kAllFragments; i += S::kGroups) {
-    float sum[4] = {};
-    for (int source = 0; source < cluster; ++source) {
-      const float4 v = shared[(i * cluster + source) * kGroupThreads + threadIdx.x % kGroupThreads];
-      sum[0] += v.x;
-      sum[1] += v.y;
-      sum[2] += v.z;
-      sum[3] += v.w;
-    }
-#pragma unroll
-    for (float& v : sum) v *= fraction;
-    const int f = i * cluster + rank;
-    const int64_t row = (int64_t{output.row_tile} * S::kGroups + f / S::kFragments) * kTile +
-                        threadIdx.x / kWarpSize % 4 * kBand;
-    write_fragment(call, row, int64_t{output.token_tile} * S::kTokens + f % S::kFragments * 8, sum);
+// Fragment f of the block is added up in block f % cluster, in the order of the blocks:
+// [f / cluster][block of the cluster][thread of a warpgroup], 16 bytes each.
+template <typename S>
+class Meeting {
+ public:
+  __device__ __forceinline__ Meeting(int cluster, uint32_t sums, uint32_t barrier)
+      : cluster_(cluster),
+        rank_(static_cast<int>(cluster_rank())),
+        sums_(sums),
+        barrier_(barrier) {}
+
+  // By one thread, before the blocks of the cluster know of each other.
+  __device__ __forceinline__ void init() const {
+    init_barrier(barrier_, 1);
+    fence_barriers();
+    const int mine = (S::kAllFragments - rank_ + cluster_ - 1) / cluster_;
+    expect_bytes(barrier_, mine * cluster_ * kGroupThreads * 16);
   }
-}
+
+  __device__ __forceinline__ void send(const float (&sums)[S::kTokens / 2]) const {
+    const int first = static_cast<int>(threadIdx.x) / kGroupThreads * S::kFragments;
+    const uint32_t stride = cluster_ * kGroupThreads * 16;
+    int owner = first % cluster_;
+    uint32_t place = sums_ + first / cluster_ * stride +
+                     (rank_ * kGroupThreads + threadIdx.x % kGroupThreads) * 16;
+#pragma unroll
+    for (int i = 0; i < S::kFragments; ++i) {
+      asm volatile(
+          "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, "
+          "[%5];" ::"r"(address_in(place, owner)),
+          "f"(sums[4 * i]), "f"(sums[4 * i + 1]), "f"(sums[4 * i + 2]), "f"(sums[4 * i + 3]),
+          "r"(address_in(barrier_, owner))
+          : "memory");
+      if (++owner == cluster_) {
+        owner = 0;
+        place += stride;
+      }
+    }
+  }
+
+  template <typename T>
+  __device__ __forceinline__ void add_up(const Call<T>& call, const Output& output,
+                                         float fraction) const {
+    const int warp = threadIdx.x / kWarpSize;
+    wait_for(barrier_, 0);
+#pragma unroll 1
+    for (int i = warp / 4; i * cluster_ + rank_ < S::kAllFragments; i += S::kGroups) {
+      uint32_t place = sums_ + (i * cluster_ * kGroupThreads + threadIdx.x % kGroupThreads) * 16;
+      float sum[4] = {};
+#pragma unroll 4
+      for (int source = 0; source < cluster_; ++source, place += kGroupThreads * 16) {
+        uint32_t v[4];
+        read_shared(place, v);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) sum[j] += __uint_as_float(v[j]);
+      }
+#pragma unroll
+      for (float& v : sum) v *= fraction;
+      const int f = i * cluster_ + rank_;
+      const int64_t row =
+          (int64_t{output.row_tile} * S::kGroups + f / S::kFragments) * kTile + warp % 4 * kBand;
+      write_fragment(call, row, int64_t{output.token_tile} * S::kTokens + f % S::kFragments * 8,
+                     sum);
+    }
+  }
+
+ private:
+  const int cluster_, rank_;
+  const uint32_t sums_, barrier_;
+};
 
 #endif
 
@@ -558,8 +592,7 @@ __global__ void __launch_bounds__(K::S::kThreads, K::S::kBlocks)
   GRACE_DYNAMIC_SHARED(unaligned);
   unsigned char* const barriers = unaligned + (-shared_address(unaligned) & 1023);
   unsigned char* const shared = barriers + kBarrierBytes;
-  unsigned char* const after = shared + work.stages * K::kBytes;
-  auto* const sums_place = reinterpret_cast<float4*>(after);  // of a cluster; else the writers'
+  const uint32_t after = shared_address(shared) + work.stages * K::kBytes;
   const Ring<K> ring(shared_address(shared), shared_address(barriers), work.stages);
   const int rank = static_cast<int>(cluster_rank());
   const int first = work.pairs * rank / work.cluster;
@@ -569,18 +602,19 @@ __global__ void __launch_bounds__(K::S::kThreads, K::S::kBlocks)
   // The same in all lanes, as the compiler learns from this.
   const int warp = __shfl_sync(0xffffffff, static_cast<int>(threadIdx.x) / kWarpSize, 0);
 
-  if (threadIdx.x == 0) ring.init();
+  const Meeting<S> meeting(work.cluster, after, shared_address(barriers) + 2 * kMostStages * 8);
+  if (threadIdx.x == 0) {
+    ring.init();
+    if (work.cluster > 1) meeting.init();
+  }
   __syncthreads();
-  if (work.cluster > 1) cluster_arrive();  // this block runs
+  if (work.cluster > 1) cluster_arrive();  // this block runs and has its barriers
 
   if (warp >= S::kMultipliers / kWarpSize) {
     if constexpr (S::kTakesRegisters) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     if (warp == S::kMultipliers / kWarpSize)
       Copier<K>(maps, work, ring, first, last).run(index, step);
-    if (work.cluster > 1) {
-      cluster_wait();
-      cluster_barrier(work.cluster);
-    }
+    if (work.cluster > 1) cluster_wait();
     return;
   }
 
@@ -588,16 +622,15 @@ __global__ void __launch_bounds__(K::S::kThreads, K::S::kBlocks)
   wait_for_previous_kernel();
   constexpr float kFraction = 1.0f / RowScale<K::kBits, typename K::T>::kFraction;
   Multiplier<K> multiplier(ring, work);
-  const Writer<S, typename K::T> writer(call, shared_address(after));
+  const Writer<S, typename K::T> writer(call, after);
   for (; index < work.row_tiles * work.token_tiles; index += step) {
     const Output output(work, index);
     float sums[S::kTokens / 2] = {};
     multiplier.run(last - first, sums);
     if (work.cluster > 1) {
       cluster_wait();
-      share_sums<S>(sums, work.cluster, rank, sums_place);
-      cluster_barrier(work.cluster);
-      add_up<S>(call, output, work.cluster, rank, kFraction, sums_place);
+      meeting.send(sums);
+      meeting.add_up(call, output, kFraction);
     } else {
       writer.write(output, sums, kFraction);
     }
