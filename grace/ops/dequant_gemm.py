@@ -21,7 +21,7 @@ from torch import Tensor
 
 from grace import _library
 from grace.ops._checks import KERNEL_DTYPES, accumulate_dtype
-from grace.packing import TILE, deinterleave, dequantize, words_per_tile
+from grace.packing import TILE, dequantize, words_per_tile
 
 _library.define(
     "dequant_gemm",
@@ -234,8 +234,8 @@ def reference(
 def _finished(out: Tensor, residual: Tensor | None, swiglu: bool, dtype: torch.dtype) -> Tensor:
     """SwiGLU, residual and the one rounding, of sums with their bias."""
     if swiglu:
-        gate, up = deinterleave(out)
-        out = torch.nn.functional.silu(gate) * up
+        gate, up = out.unflatten(-1, (-1, 2, 8)).unbind(-2)  # as `deinterleave`, with one copy less
+        out = torch.nn.functional.silu(gate.flatten(-2)).view(up.shape).mul_(up).flatten(-2)
     return (out if residual is None else out + residual.to(out.dtype)).to(dtype)
 
 
