@@ -56,6 +56,7 @@ class FusedLinear(nn.Module):
         self._sharing = False
         # x, its version, the product, and how many layers have yet to take their part of it
         self._shared: tuple[Tensor, int | None, Tensor, int] | None = None
+        self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., in_features] → [..., out_features], or half as many with ``swiglu``."""
@@ -66,7 +67,8 @@ class FusedLinear(nn.Module):
 
         Between `share` and `stop_sharing` that product serves every layer that is called with the
         very tensor it was made of, unless that was written to. In all other cases a layer computes
-        a product of its own.
+        a product of its own. (Inference tensors do not tell of writes: a forward that changes its
+        input between its projections, in inference mode, is not one to fuse.)
         """
         if self.swiglu:
             return deinterleave(self._product(x, swiglu=False))[index]

@@ -174,8 +174,9 @@ def _why_not(layers: Mapping[str, nn.Module]) -> str | None:
         tensors = [*layer.parameters(), *layer.buffers()]
         if not layer.is_packed or any(tensor.is_meta for tensor in tensors):
             return f"{name} must be in memory, got it empty or offloaded"
-        if any(type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors):
-            return f"{name} must hold whole tensors, got {type(tensors[0]).__name__}"
+        kinds = {type(tensor) for tensor in tensors} - {Tensor, nn.Parameter, nn.Buffer}
+        if kinds:
+            return f"{name} must hold whole tensors, got {kinds.pop().__name__}"
     for what, of in _ALIKE.items():
         values = {name: of(layer) for name, layer in layers.items()}
         if len({value for value in values.values() if value is not None}) > 1:
