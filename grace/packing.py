@@ -23,12 +23,17 @@ Scales are transposed to [G, 64·ceil(N/64)], so that lanes read neighbours; the
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 TILE = 64
 SCALE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Kernels that scale weights in bfloat16 read a code as a subnormal, and multiply it by its scale
+# times 2^103 (csrc/ops/dequant_gemm/dequant_gemm.h, RowScale): from here on that is infinite.
+BF16_SCALES_BELOW = 2.0**25
 
 # The axes of the padded [N, K], and the same in the order in which their bytes are stored:
 #   N = [tile][4 band][2 r8][8 gid]        K = [tile][4 block][2 c8][4 tig][2 lo]
@@ -59,7 +64,8 @@ def pack(codes: Tensor, scales: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
     Args:
         codes: int8 [N, K], each within [-2^(bits-1), 2^(bits-1) - 1].
-        scales: bfloat16, float16 or float32 [N, G] with G dividing K; stored as they are.
+        scales: bfloat16, float16 or float32 [N, G] with G dividing K, finite, and below 2^25 in
+            bfloat16; stored as they are.
         bits: 4 or 8.
 
     Returns:
@@ -67,7 +73,7 @@ def pack(codes: Tensor, scales: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         packed_scales: [G, 64·ceil(N/64)] in the dtype of ```scales```.
 
     Raises:
-        ValueError: a dtype, shape, width or code outside of the above.
+        ValueError: a dtype, shape, width, code or scale outside of the above.
     """
     _check_pack(codes, scales, bits)
     rows, columns = codes.shape
@@ -203,6 +209,15 @@ def _check_pack(codes: Tensor, scales: Tensor, bits: int) -> None:
         low, high = (int(code) for code in codes.aminmax())
         if low < -8 or high > 7:
             raise ValueError(f"pack: codes must be within [-8, 7] at 4 bits, got [{low}, {high}]")
+    if scales.numel() and not scales.is_meta:
+        _check_pack_scales(float(scales.abs().amax()), scales.dtype)
+
+
+def _check_pack_scales(largest: float, dtype: torch.dtype) -> None:
+    if not math.isfinite(largest):
+        raise ValueError(f"pack: scales must be finite, got {largest}")
+    if dtype == torch.bfloat16 and largest >= BF16_SCALES_BELOW:
+        raise ValueError(f"pack: scales must be below 2^25 in bfloat16, got {largest:g}")
 
 
 def _check_pack_shapes(codes: Tensor, scales: Tensor) -> None:

@@ -13,6 +13,7 @@ from grace.formats import compressed_tensors_config
 from grace.formats.compressed_tensors import BITS
 from grace.log_scale import init_log_scale
 from grace.nn import FakeQuantLinear, PackedLinear
+from grace.nn import fuse as nn_fuse
 from grace.ops.fake_quant import groups_of
 
 __all__ = ["decoder_linears", "init_log_scale", "pack", "quantize"]
@@ -64,8 +65,13 @@ def quantize(
     return list(layers)
 
 
-def pack(model: nn.Module) -> list[str]:
+def pack(model: nn.Module, *, fuse: bool = False) -> list[str]:
     """Replaces every `FakeQuantLinear` by a `PackedLinear` of the same codes and scales, in place.
+
+    Args:
+        model: a model that `quantize` prepared.
+        fuse: then let layers of one input run as one call (`grace.nn.fuse`). Not unless asked for:
+            it replaces MLP modules, and hooks on projections added later may not run.
 
     Returns:
         Names of the layers replaced.
@@ -85,6 +91,8 @@ def pack(model: nn.Module) -> list[str]:
         )
         model.set_submodule(name, packed)
     _record(model, config)
+    if fuse:
+        nn_fuse(model)
     return list(layers)
 
 

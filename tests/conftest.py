@@ -15,6 +15,7 @@ from torch import Tensor
 
 import grace.ops  # noqa: F401 (defines the ops)
 from grace import _library
+from grace.ops.dequant_gemm import QUESTIONS
 
 # The same examples on every run in CI; new ones on a developer's machine.
 settings.register_profile("grace", deadline=None, derandomize=os.environ.get("CI") == "true")
@@ -48,7 +49,7 @@ def _load_emulated() -> Kernels:
     if not _EMULATED.exists():
         pytest.skip("the emulated kernels are not built (GRACE_EMULATION=ON, as `make build` does)")
     if not hasattr(torch.ops.grace_emulated, "fake_quant"):
-        for name, schema in _library.schemas().items():
+        for name, schema in (_library.schemas() | QUESTIONS).items():
             torch.library.define(f"grace_emulated::{name}", schema)
         torch.ops.load_library(str(_EMULATED))
     return Kernels("grace_emulated", "cpu")

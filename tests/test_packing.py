@@ -112,6 +112,12 @@ def test_meta_tensors_give_shapes():
         ({"codes": torch.full((4, 8), 8, dtype=torch.int8)}, r"within \[-8, 7\] at 4 bits, got"),
         ({"scales": torch.ones(4, 3)}, r"a number of groups that divides 8, got 3"),
         ({"scales": torch.ones(5, 2)}, r"scales must be \[4, G\], got \[5, 2\]"),
+        ({"scales": torch.full((4, 2), torch.nan)}, r"pack: scales must be finite, got nan"),
+        ({"scales": torch.full((4, 2), -torch.inf).half()}, r"scales must be finite, got inf"),
+        (
+            {"scales": torch.full((4, 2), -(2.0**25)).bfloat16()},
+            r"pack: scales must be below 2\^25 in bfloat16, got 3.35544e\+07",
+        ),
         ({"scales": torch.ones(4, 2).double()}, r"bfloat16, float16 or float32, got torch.float64"),
     ],
 )
@@ -119,6 +125,15 @@ def test_pack_refuses(changes, message):
     arguments = {"codes": torch.zeros(4, 8, dtype=torch.int8), "scales": torch.ones(4, 2)}
     with pytest.raises(ValueError, match=message):
         pack(**{**arguments, "bits": 4, **changes})
+
+
+def test_scales_may_be_as_large_as_the_kernels_take_them():
+    codes = torch.ones(1, 8, dtype=torch.int8)
+    below = torch.tensor([[2.0**25]]).bfloat16().nextafter(torch.zeros(1).bfloat16())
+    for scale in (below, torch.full((1, 1), 65504.0).half(), torch.full((1, 1), 3e38)):
+        packed = pack(codes, scale, 4)
+        sizes = {"group_size": -1, "in_features": 8, "out_features": 1}
+        assert torch.equal(unpack(*packed, 4, **sizes)[1], scale)
 
 
 @pytest.mark.parametrize(

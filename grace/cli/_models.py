@@ -8,13 +8,16 @@ from typing import Any
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
-def load_model(name: str, dtype: str = "auto", device: str | None = None) -> tuple[Any, Any]:
+def load_model(
+    name: str, dtype: str = "auto", device: str | None = None, fuse: bool = True
+) -> tuple[Any, Any]:
     """A vision-language model, in eval mode, and its processor.
 
     Args:
         name: directory or hub name; packed and in-training checkpoints are recognised.
         dtype: one of `DTYPES`; auto: bfloat16 on a GPU, float32 on a CPU, where bfloat16 is slow.
         device: where to run; the GPU if there is one.
+        fuse: run packed layers of one input as one call (`grace.nn.fuse`).
 
     Raises:
         ValueError: an unknown dtype or device, or a checkpoint that is damaged.
@@ -22,6 +25,8 @@ def load_model(name: str, dtype: str = "auto", device: str | None = None) -> tup
     """
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from grace import nn
 
     require_checkpoint(name)
     if dtype not in DTYPES:
@@ -31,7 +36,10 @@ def load_model(name: str, dtype: str = "auto", device: str | None = None) -> tup
         dtype = "float32" if place.type == "cpu" else "bfloat16"
     processor = AutoProcessor.from_pretrained(name)
     model = AutoModelForImageTextToText.from_pretrained(name, dtype=getattr(torch, dtype))
-    return model.to(place).eval(), processor
+    model.to(place).eval()
+    if fuse:
+        nn.fuse(model)
+    return model, processor
 
 
 def require_checkpoint(name: str) -> None:

@@ -17,6 +17,7 @@ def evaluate(
     prompt: Annotated[str, typer.Option(help="official, llava or plain.")] = "official",
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16, float32.")] = "auto",
     device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
+    fuse: Annotated[bool, typer.Option(help="Run packed layers of one input as one.")] = True,
 ) -> None:
     """Answer every question of an MME folder; write official result files and scores."""
     import json
@@ -26,7 +27,7 @@ def evaluate(
 
     rows = mme.load(benchmark)
     mme.prompt("", prompt)  # an unknown variant is told of before a model is loaded
-    network, processor = load_model(model, dtype, device)
+    network, processor = load_model(model, dtype, device, fuse)
     said = answer.answer(
         network,
         processor,

@@ -13,12 +13,13 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 256,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16, float32.")] = "auto",
     device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
+    fuse: Annotated[bool, typer.Option(help="Run packed layers of one input as one.")] = True,
 ) -> None:
     """Ask a model about images; prints tokens as they come, then tokens per second."""
     pictures = [_open(path) for path in image or ()]
     from grace.cli._models import load_model
 
-    network, processor = load_model(model, dtype, device)
+    network, processor = load_model(model, dtype, device, fuse)
     _stream(network, _inputs(network, processor, prompt, pictures), processor, max_new_tokens)
 
 

@@ -20,6 +20,7 @@ from grace.formats.compressed_tensors_config import FORMAT, METHOD, Unsupported,
 from grace.integrations.compressed_tensors import CompressedTensorsConfig, PackedQuantizer
 from grace.integrations.qat import QatConfig, QatQuantizer
 from grace.nn import PackedLinear
+from grace.nn import fuse as nn_fuse
 from grace.quantization import QAT_METHOD
 
 __all__ = ["accelerate", "register"]
@@ -43,11 +44,16 @@ def _compressed_tensors_quantizer(config: Any, **kwargs: Any) -> HfQuantizer:
     return PackedQuantizer(config, **kwargs)
 
 
-def accelerate(model: Any) -> list[str]:
+def accelerate(model: Any, *, fuse: bool = False) -> list[str]:
     """Puts a compressed-tensors model that transformers itself loaded on grace's kernels, in place.
 
     For models loaded before ``import grace``. Call it before the first forward, at which
     compressed-tensors would decompress the weights. Layers that grace cannot run stay as they are.
+
+    Args:
+        model: a model that transformers loaded.
+        fuse: then let layers of one input run as one call (`grace.nn.fuse`). Not unless asked for:
+            it replaces MLP modules, and hooks on projections added later may not run.
 
     Returns:
         Names of the layers replaced by `PackedLinear`.
@@ -67,6 +73,8 @@ def accelerate(model: Any) -> list[str]:
     if len(replaced) == len(layers) and hasattr(model, "ct_decompress_hook"):
         model.ct_decompress_hook.remove()
         del model.ct_decompress_hook
+    if fuse:
+        nn_fuse(model)
     return replaced
 
 

@@ -32,6 +32,7 @@ class PackedLinear(nn.Module):
             in_features.
     """
 
+    weight_packed: Tensor
     qweight: Tensor
     scales: Tensor
     bias: nn.Parameter | None
@@ -98,11 +99,15 @@ class PackedLinear(nn.Module):
         """Whether the weight is there, in the packed layout."""
         return "qweight" in self._buffers
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """``x`` [..., in_features] → [..., out_features], in the dtype of ``x``.
 
+        Args:
+            x: the input.
+            residual: like the result, or None; added before the one rounding.
+
         Raises:
-            ValueError: other features, or no weights yet.
+            ValueError: other features, a residual unlike the result, or no weights yet.
         """
         qweight, scales = self._packed()
         if x.shape[-1] != self.in_features:  # with one group a row the op knows K up to a tile
@@ -117,6 +122,7 @@ class PackedLinear(nn.Module):
             bits=self.bits,
             group_size=self.group_size,
             out_features=self.out_features,
+            residual=residual,
         )
 
     def unpack(self) -> tuple[Tensor, Tensor]:
@@ -222,8 +228,8 @@ class PackedLinear(nn.Module):
         names = {prefix + name: name for name in TENSORS}
         given = {own: state_dict[key] for key, own in names.items() if key in state_dict}
         if len(given) == len(TENSORS):
-            held = self._buffers["qweight" if self.is_packed else "weight_packed"]
-            if held is not None and not held.is_meta:
+            held = self._packed()[0] if self.is_packed else self.weight_packed
+            if not held.is_meta:
                 given = {name: tensor.to(held.device) for name, tensor in given.items()}
             self._set_encoded(given, prefix.removesuffix("."))
         elif self.is_packed:

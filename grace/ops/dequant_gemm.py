@@ -10,7 +10,6 @@ no gradient.
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from grace import _library
 from grace.ops._checks import KERNEL_DTYPES, accumulate_dtype
-from grace.packing import TILE, deinterleave, dequantize, words_per_tile
+from grace.packing import TILE, dequantize, words_per_tile
 
 _library.define(
     "dequant_gemm",
@@ -234,8 +233,8 @@ def reference(
 def _finished(out: Tensor, residual: Tensor | None, swiglu: bool, dtype: torch.dtype) -> Tensor:
     """SwiGLU, residual and the one rounding, of sums with their bias."""
     if swiglu:
-        gate, up = deinterleave(out)
-        out = torch.nn.functional.silu(gate) * up
+        gate, up = out.unflatten(-1, (-1, 2, 8)).unbind(-2)  # as `deinterleave`, with one copy less
+        out = torch.nn.functional.silu(gate.flatten(-2)).view(up.shape).mul_(up).flatten(-2)
     return (out if residual is None else out + residual.to(out.dtype)).to(dtype)
 
 
@@ -261,14 +260,16 @@ PLANS = Path(__file__).with_name("dequant_gemm_plans")  # one file of measured r
 _ROW = ("bits", "n", "k", "m", "plan")
 # A plan's number is 1000 · family + variant (csrc/ops/dequant_gemm/plans.h).
 _FAMILIES, _FAMILY, _VARIANTS = 4, 1000, 128
+NUMBERS = [_FAMILY * family + i for family in range(_FAMILIES) for i in range(_VARIANTS)]
 
 # Not ops: questions to the compiled library.
-torch.library.define(
-    f"{_library.NAMESPACE}::dequant_gemm_runs",
-    "(Tensor x, Tensor qweight, Tensor scales, int bits, int group_size, int out_features, "
-    "int plan) -> bool",
-)
-torch.library.define(f"{_library.NAMESPACE}::dequant_gemm_set_plans", "(Tensor rows) -> ()")
+QUESTIONS = {
+    "dequant_gemm_runs": "(Tensor x, Tensor qweight, Tensor scales, int bits, int group_size, "
+    "int out_features, int plan) -> bool",
+    "dequant_gemm_set_plans": "(Tensor rows) -> ()",
+}
+for _name, _schema in QUESTIONS.items():
+    torch.library.define(f"{_library.NAMESPACE}::{_name}", _schema)
 
 
 def plans(
@@ -277,9 +278,7 @@ def plans(
     """The numbers of the kernels that can compute this call on a GPU, each a valid ``plan``."""
     runs = torch.ops.grace.dequant_gemm_runs
     arguments = (x, qweight, scales, bits, group_size, out_features)
-    pairs = itertools.product(range(_FAMILIES), range(_VARIANTS))
-    numbers = (_FAMILY * family + variant for family, variant in pairs)
-    return [plan for plan in numbers if runs(*arguments, plan)]
+    return [plan for plan in NUMBERS if runs(*arguments, plan)]
 
 
 def set_plans(rows: Iterable[Mapping[str, int]]) -> None:

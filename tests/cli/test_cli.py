@@ -165,6 +165,31 @@ def test_generate_streams_and_tells_its_speed(
     assert "tokens/s, first after" in captured.err
 
 
+def test_packed_models_are_fused_for_serving(
+    models: Path, drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    import grace
+    from grace.cli._models import load_model
+    from grace.nn import FusedLinear, PackedLinear
+
+    model, processor = load_model(str(models / "student"), device="cpu")
+    grace.quantize(model, group_size=-1)
+    grace.pack(model)
+    model.save_pretrained(tmp_path / "packed")
+    processor.save_pretrained(tmp_path / "packed")
+    for fuse in (True, False):
+        loaded, _ = load_model(str(tmp_path / "packed"), device="cpu", fuse=fuse)
+        assert any(isinstance(module, PackedLinear) for module in loaded.modules())
+        assert any(isinstance(module, FusedLinear) for module in loaded.modules()) == fuse
+    image = drawn / "count" / "000.png"
+    options = ("--image", image, "--prompt", "How many stars ?", "--max-new-tokens", 3)
+    said = []
+    for choice in ("--fuse", "--no-fuse"):
+        assert run("generate", tmp_path / "packed", *options, "--device", "cpu", choice) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] != ""
+
+
 @pytest.mark.parametrize("damage", ["truncated", "config", "missing"])
 def test_a_damaged_checkpoint_is_one_line(
     models: Path, drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture, damage: str

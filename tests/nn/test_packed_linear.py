@@ -114,6 +114,16 @@ def test_scales_keep_their_dtype_when_the_model_is_cast():
     assert layer.to("meta").qweight.is_meta
 
 
+def test_a_residual_is_added_before_the_one_rounding():
+    layer = layer_of(bias=False)
+    x, residual = torch.randn(5, 128).bfloat16(), torch.randn(5, 40).bfloat16()
+    exact = x.double() @ layer.dequantize().double().t() + residual.double()
+    torch.testing.assert_close(layer(x, residual), exact.bfloat16(), rtol=2**-8, atol=1e-5)
+    assert (layer(x, residual) - exact).abs().max() < (layer(x) + residual - exact).abs().max()
+    with pytest.raises(ValueError, match=r"residual must be torch.bfloat16 \[5, 40\]"):
+        layer(x, residual[:4])
+
+
 def test_copies_and_has_nothing_to_train():
     layer = layer_of()
     x = torch.randn(2, 128)

@@ -17,7 +17,7 @@ from windows import assert_margins_untouched, windowed
 
 from grace.ops import dequant_gemm
 from grace.ops.dequant_gemm import reference
-from grace.packing import SCALE_DTYPES, pack
+from grace.packing import BF16_SCALES_BELOW, SCALE_DTYPES, pack
 
 BITS = [4, 8]
 HALVES = [torch.bfloat16, torch.float16]
@@ -125,10 +125,12 @@ def test_any_shape(path: Path, data):
 
 
 def sweep_of_scales(dtype: torch.dtype) -> Tensor:
-    """From the smallest subnormal to where the largest code still gives a finite float32."""
+    """From the smallest subnormal to the largest that `pack` takes, at a finite product."""
     info = torch.finfo(dtype)
     smallest = info.smallest_normal * info.eps
     largest = min(info.max, torch.finfo(torch.float32).max / 256)
+    if dtype == torch.bfloat16:
+        largest = BF16_SCALES_BELOW * (1 - info.eps / 2)
     steps = torch.linspace(0, 1, 63, dtype=torch.float64)
     scales = smallest * (largest / smallest) ** steps
     return torch.cat([scales, torch.tensor([1 / 3, 2.0**-17])]).to(dtype)

@@ -163,8 +163,10 @@ __device__ float any_group_sum(const Call<T>& call, int64_t m, int64_t n) {
   float total = 0.0f;
   for (int64_t group = 0; group < p.groups(); ++group) {
     float sum = 0.0f;
-    for (int64_t j = 0; j < p.group_size; ++j) {
-      const int64_t k = group * p.group_size + j;
+    const int64_t begin = group * p.group_size;
+    // One group a row is as long as its tiles: x ends earlier.
+    const int64_t end = begin + p.group_size < p.k ? begin + p.group_size : p.k;
+    for (int64_t k = begin; k < end; ++k) {
       sum += static_cast<float>(code_at<kBits>(call.qweight, p.k_tiles, n, k)) *
              to_float(call.x[m * p.k + k]);
     }

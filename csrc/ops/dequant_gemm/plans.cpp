@@ -82,8 +82,11 @@ int64_t measured_plan(int64_t bits, int64_t m, int64_t n, int64_t k) {
 
 }  // namespace grace::dequant_gemm
 
-#if !defined(GRACE_EMULATE)
+// The emulated kernels have a table of their own.
+#if defined(GRACE_EMULATE)
+GRACE_CUDA_KERNELS(m) {
+#else
 GRACE_CPU_KERNELS(m) {
+#endif
   m.impl("dequant_gemm_set_plans", TORCH_BOX(&grace::dequant_gemm::set_plans));
 }
-#endif
