@@ -1,8 +1,9 @@
-// dequant_gemm for many rows of x by wgmma, sm_90a.
+// dequant_gemm with weights and x by way of a ring of stages, sm_90a.
 //
 // A block computes 64 rows of the weight for each of its warpgroups, times `kTokens` rows of x. The
 // weight is operand A: a lane's codes become its registers of A, each code times its scale rounded
-// once to x's dtype. x is operand B, from shared memory. One more warp keeps a ring of stages full
+// once to x's dtype. x is operand B: of wgmma, from shared memory; or of mma.sync up to 16 rows,
+// where a wgmma takes as long as one of more rows. One more warp keeps a ring of stages full
 // by the copy engine: x, codes and scales of one or two tiles of K.
 //
 // Where there are fewer tiles of output than multiprocessors, a cluster of blocks splits K and adds
@@ -14,6 +15,7 @@
 
 #include "common/bulk_copy.h"
 #include "common/cluster.h"
+#include "common/mma.h"
 #include "common/wgmma.h"
 #include "ops/dequant_gemm/tensor_core.h"
 
@@ -30,6 +32,7 @@ struct Shape {
   static constexpr int kTokens = kTokens_;  // rows of x
   static constexpr int kGroups = kGroups_;  // warpgroups that multiply
   static constexpr int kMultipliers = kGroups * kGroupThreads;
+  static constexpr bool kWgmma = kTokens > 16;
   // With many sums the warps that multiply take registers over from a whole warpgroup that copies.
   static constexpr bool kTakesRegisters = kTokens * kGroups > 384;
   static constexpr int kThreads = kMultipliers + (kTakesRegisters ? kGroupThreads : kWarpSize);
@@ -38,6 +41,7 @@ struct Shape {
   static constexpr int kBlocks = (kTokens <= 64 && kGroups == 2) || kTokens * kGroups <= 96 ? 2 : 1;
   static constexpr int kFragments = kTokens / 8;              // of sums, of a warp
   static constexpr int kAllFragments = kFragments * kGroups;  // of the block's warps of one number
+  static constexpr int kSums = std::max(kTokens, 16) / 2;     // of a lane
   static constexpr int kStageTiles = kTokens < 256 ? 2 : 1;   // of K
   static constexpr int kXBytes = kTokens * kTile * 2;         // of a tile of K
 };
@@ -312,13 +316,13 @@ class Codes {
 };
 
 template <typename K>
-class Multiplier {
+class WgmmaMultiplier {
   using S = typename K::S;
   using T = typename K::T;
-  using Sums = float[S::kTokens / 2];
+  using Sums = float[S::kSums];
 
  public:
-  __device__ __forceinline__ Multiplier(const Ring<K>& ring, const Work& work)
+  __device__ __forceinline__ WgmmaMultiplier(const Ring<K>& ring, const Work& work)
       : ring_(ring), codes_(work) {}
 
   // Adds the products of `pairs` pairs of tiles of K, from the ring's next stages.
@@ -379,6 +383,92 @@ class Multiplier {
   uint32_t used_ = 0;  // the barrier of the stage that was left last
 };
 
+// The same with mma.sync.
+template <typename K>
+class MmaMultiplier {
+  using S = typename K::S;
+  using T = typename K::T;
+  using Sums = float[S::kSums];
+  static constexpr int kColumns = S::kTokens / 8;  // fragments of x side by side
+
+ public:
+  __device__ __forceinline__ MmaMultiplier(const Ring<K>& ring, const Work& work)
+      : ring_(ring), codes_(work) {
+    const int lane = threadIdx.x % kWarpSize;
+    x_place_ = lane % 8 * 128 + (lane / 8 ^ lane % 8) * 16;  // chunk lane / 8 of row lane % 8
+  }
+
+  __device__ __forceinline__ void run(int pairs, Sums& sums) {
+    enter();
+    for (int left = pairs; left > 0; --left) {
+      tile<0>(sums, true);
+      tile<1>(sums, left > 1);
+    }
+    if constexpr (kColumns == 1) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        sums[i] += sums[i + 4];
+        sums[i + 4] = 0.0f;
+      }
+    }
+  }
+
+ private:
+  template <int kParity>
+  __device__ __forceinline__ void tile(Sums& sums, bool enters) {
+    uint32_t x[kColumns][2][4], first[8], second[8];
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) {
+      const uint32_t from = ring_.stage() + kParity * S::kXBytes + j * 1024 + x_place_;
+      load_matrices(from, x[j][0]);
+      load_matrices(from ^ 64, x[j][1]);  // chunks 4 to 7
+    }
+    codes_.template decode<kParity, 0>(first);
+    codes_.template decode<kParity, 1>(second);
+    if constexpr (kParity == 0) {
+      codes_.template read<1>(ring_.stage());
+      multiply(sums, first, x, 0);
+      multiply(sums, second, x, 1);
+    } else {
+      const uint32_t used = ring_.empty();
+      ring_.next();
+      if (enters) enter();
+      multiply(sums, first, x, 0);
+      multiply(sums, second, x, 1);
+      __syncwarp();
+      if (threadIdx.x % kWarpSize == 0) arrive(used);
+    }
+  }
+
+  __device__ __forceinline__ void enter() {
+    wait_for(ring_.full(), ring_.parity());
+    codes_.template read<0>(ring_.stage());
+  }
+
+  // Two blocks of 16 columns; with one fragment of x each has its sums.
+  __device__ __forceinline__ void multiply(Sums& sums, const uint32_t (&a)[8],
+                                           const uint32_t (&x)[kColumns][2][4], int half) {
+#pragma unroll
+    for (int block = 0; block < 2; ++block) {
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) {
+        const uint32_t four[4] = {a[block * 4], a[block * 4 + 1], a[block * 4 + 2],
+                                  a[block * 4 + 3]};
+        const uint32_t two[2] = {x[j][half][block * 2], x[j][half][block * 2 + 1]};
+        float (&d)[4] = reinterpret_cast<float (&)[4]>(sums[(kColumns == 1 ? block : j) * 4]);
+        mma_m16n8k16<T>(d, four, two);
+      }
+    }
+  }
+
+  Ring<K> ring_;
+  Codes<K> codes_;
+  uint32_t x_place_;
+};
+
+template <typename K>
+using Multiplier = std::conditional_t<K::S::kWgmma, WgmmaMultiplier<K>, MmaMultiplier<K>>;
+
 // --- the end of a tile of output
 // ------------------------------------------------------------------
 
@@ -388,24 +478,23 @@ class Multiplier {
 template <typename S, typename T>
 class Writer {
  public:
-  static constexpr int kLeaving = S::kTokens < 32 ? S::kTokens : 32;
+  static constexpr int kLeaving = std::min(S::kSums * 2, 32);
   static constexpr int kBufferBytes = 32 * kBand * 2;
 
   __device__ __forceinline__ Writer(const Call<T>& call, uint32_t buffers)
       : call_(call), buffer_(buffers + threadIdx.x / kWarpSize * kBufferBytes) {}
 
-  __device__ __forceinline__ void write(const Output& output, float (&sums)[S::kTokens / 2],
+  __device__ __forceinline__ void write(const Output& output, float (&sums)[S::kSums],
                                         float fraction) const {
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
     const int64_t band = int64_t{output.row_tile} * S::kGroups * kTile + warp * kBand;
     const int64_t row = band + lane / 4;
     const float low = call_.biased(0.0f, row), high = call_.biased(0.0f, row + 8);
 #pragma unroll
-    for (int i = 0; i < S::kTokens / 2; ++i)
-      sums[i] = sums[i] * fraction + (i % 4 < 2 ? low : high);
+    for (int i = 0; i < S::kSums; ++i) sums[i] = sums[i] * fraction + (i % 4 < 2 ? low : high);
     if (call_.swiglu) {
 #pragma unroll
-      for (int i = 0; i < S::kTokens / 2; i += 4) {
+      for (int i = 0; i < S::kSums; i += 4) {
         sums[i] = swiglu(sums[i], sums[i + 2]);
         sums[i + 1] = swiglu(sums[i + 1], sums[i + 3]);
       }
@@ -528,7 +617,7 @@ class Meeting {
     expect_bytes(barrier_, mine * cluster_ * kGroupThreads * 16);
   }
 
-  __device__ __forceinline__ void send(const float (&sums)[S::kTokens / 2]) const {
+  __device__ __forceinline__ void send(const float (&sums)[S::kSums]) const {
     const int first = static_cast<int>(threadIdx.x) / kGroupThreads * S::kFragments;
     const uint32_t stride = cluster_ * kGroupThreads * 16;
     int owner = first % cluster_;
@@ -625,7 +714,7 @@ __global__ void __launch_bounds__(K::S::kThreads, K::S::kBlocks)
   const Writer<S, typename K::T> writer(call, after);
   for (; index < work.row_tiles * work.token_tiles; index += step) {
     const Output output(work, index);
-    float sums[S::kTokens / 2] = {};
+    float sums[S::kSums] = {};
     multiplier.run(last - first, sums);
     if (work.cluster > 1) {
       cluster_wait();
@@ -647,32 +736,38 @@ bool with_variant(int variant, F&& f) {
   const int cluster = variant % 8 + 1;
   switch (variant / 8) {
     case 0:
-      return f(Shape<16, 2>{}, cluster);
+      return f(Shape<8, 2>{}, cluster);
     case 1:
-      return f(Shape<16, 3>{}, cluster);
+      return f(Shape<8, 3>{}, cluster);
     case 2:
-      return f(Shape<16, 4>{}, cluster);
+      return f(Shape<8, 4>{}, cluster);
     case 3:
-      return f(Shape<32, 2>{}, cluster);
+      return f(Shape<16, 2>{}, cluster);
     case 4:
-      return f(Shape<32, 3>{}, cluster);
+      return f(Shape<16, 3>{}, cluster);
     case 5:
-      return f(Shape<64, 2>{}, cluster);
+      return f(Shape<16, 4>{}, cluster);
     case 6:
-      return f(Shape<64, 3>{}, cluster);
+      return f(Shape<32, 2>{}, cluster);
     case 7:
-      return f(Shape<128, 2>{}, cluster);
+      return f(Shape<32, 3>{}, cluster);
     case 8:
-      return f(Shape<128, 3>{}, cluster);
+      return f(Shape<64, 2>{}, cluster);
     case 9:
-      return f(Shape<192, 2>{}, cluster);
+      return f(Shape<64, 3>{}, cluster);
     case 10:
+      return f(Shape<128, 2>{}, cluster);
+    case 11:
+      return f(Shape<128, 3>{}, cluster);
+    case 12:
+      return f(Shape<192, 2>{}, cluster);
+    case 13:
       return f(Shape<256, 2>{}, cluster);
     default:
       return false;
   }
 }
-constexpr int kVariants = 11 * 8;
+constexpr int kVariants = 14 * 8;
 
 // Of shared memory, beside the stages: alignment, barriers, and where sums meet or leave from.
 template <typename S>
@@ -693,11 +788,12 @@ int stages_of(int cluster, const Device& device) {
 template <typename K, typename T>
 bool fits(const Call<T>& call, int cluster, const Device& device) {
   const Problem& p = call.problem;
-  const int64_t tokens = ceil_div<int64_t>(p.m, K::S::kTokens) * K::S::kTokens;
+  constexpr int kTokens = K::S::kTokens;
+  // Not less than half of the rows of x that are multiplied are there; a block of eight is alone.
+  const bool sensible = kTokens == 8 ? p.m <= 8 : kTokens == 16 || p.m > kTokens / 2;
   return device.capability == 90 && readable(call) &&
          call.scales.is_bf16 == std::is_same_v<T, bf16> && p.k_tiles >= 2 * cluster &&
-         stages_of<K>(cluster, device) >= 3 && p.m < 1 << 30 &&
-         (tokens == 16 || (p.m + 7) / 8 * 8 * 2 > tokens);
+         stages_of<K>(cluster, device) >= 3 && p.m < 1 << 30 && sensible;
 }
 
 template <typename K>
