@@ -28,11 +28,11 @@ from benchmarks.layers import GROUP, SHAPES, RandomLayer, Shape, shapes_of
 from grace.ops import dequant_gemm
 from grace.ops.dequant_gemm import plans
 
-BUCKETS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048, 4096)
+BUCKETS = (8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096)
 TOLERANCE = 5e-3  # of ‖result − exact‖ / ‖exact‖; rounding to bfloat16 alone makes 1.7e-3
 CLOSE = 1.15  # plans within this factor of the fastest are timed again
 HOPELESS = 3.0  # times the fastest so far, in a single call: not captured
-FAMILY = 100  # a plan is FAMILY · family + variant; family 0 runs anything, slowly
+FAMILY = 1000  # a plan is FAMILY · family + variant; family 0 runs anything, slowly
 
 FOLDER = Path(__file__).parents[1] / "grace/ops/dequant_gemm_plans"
 
@@ -87,10 +87,11 @@ class Call:
         self.x = torch.randn(m, layer.shape.k, device=layer.device, dtype=layer.dtype)
         self.exact = (self.x.double() @ layer.exact.t()).float()
 
-    def plans(self) -> list[int]:
-        """Numbers of the plans that run this call."""
+    def plans(self, first: int) -> list[int]:
+        """Numbers of the plans that run this call, from the first one on."""
         layer = self.layer
-        return runnable(plans(self.x, *layer.packed[0], layer.bits, GROUP, layer.shape.n))
+        every = plans(self.x, *layer.packed[0], layer.bits, GROUP, layer.shape.n)
+        return runnable([plan for plan in every if plan >= first] or every)
 
     def result(self, plan: int, i: int) -> Tensor:
         """With weights of set i."""
@@ -133,10 +134,10 @@ def samplers_of(call: Call, numbers: Sequence[int]) -> tuple[dict[int, Sample], 
     return samplers, faults
 
 
-def tune(layer: RandomLayer, m: int) -> Finding:
-    """The fastest plan of a layer for m rows of x."""
+def tune(layer: RandomLayer, m: int, first_plan: int = 0) -> Finding:
+    """The fastest plan of a layer for m rows of x, of those from the first one on."""
     call = Call(layer, m)
-    numbers = call.plans()
+    numbers = call.plans(first_plan)
     samplers, faults = samplers_of(call, numbers)
     best = choose(samplers) if samplers else None
     del samplers
@@ -184,6 +185,7 @@ def main(
     ] = "",
     bits: Annotated[str, typer.Option(help="4, 8, or 4,8.")] = "4",
     m: Annotated[str, typer.Option(help="Upper bounds of the numbers of rows of x.")] = "",
+    first_plan: Annotated[int, typer.Option(help="Leaves out the plans of lower numbers.")] = 0,
     into: Annotated[Path | None, typer.Option(help="File to write instead of the op's.")] = None,
 ) -> None:
     """Measures the fastest plan for each layer and number of rows, and writes the op's table."""
@@ -196,18 +198,20 @@ def main(
     widths = [int(text) for text in bits.split(",")]
     with tqdm(total=len(widths) * len(shapes) * len(buckets), desc="plans", unit="call") as bar:
         for width, shape in itertools.product(widths, shapes):
-            findings = tune_layer(RandomLayer(device, shape, width), buckets, bar)
+            findings = tune_layer(RandomLayer(device, shape, width), buckets, bar, first_plan)
             print(summary(findings), flush=True)
             write(path, device, [row for finding in findings for row in finding.rows()])
     print(path)
 
 
-def tune_layer(layer: RandomLayer, buckets: Sequence[int], bar: tqdm) -> list[Finding]:
+def tune_layer(
+    layer: RandomLayer, buckets: Sequence[int], bar: tqdm, first_plan: int = 0
+) -> list[Finding]:
     """A finding for each number of rows."""
     findings = []
     for m in buckets:
         bar.set_postfix_str(f"{layer.bits} bits {layer.shape} M={m}", refresh=False)
-        findings.append(tune(layer, m))
+        findings.append(tune(layer, m, first_plan))
         bar.update()
     return findings
 

@@ -34,9 +34,13 @@ double distance(const Row& row, int64_t n, int64_t k) {
   return apart(row.n, n) + apart(row.k, k);
 }
 
-// The rows of the most similar layer that was measured at this width.
+// The rows of the most similar layer that was measured at this width, or at the other one where
+// none was.
 std::vector<Row> nearest_layer(const std::vector<Row>& rows, int64_t bits, int64_t n, int64_t k) {
   std::vector<Row> layer;
+  if (std::none_of(rows.begin(), rows.end(), [&](const Row& row) { return row.bits == bits; }) &&
+      !rows.empty())
+    bits = rows[0].bits;
   for (const Row& row : rows) {
     if (row.bits != bits) continue;
     const bool same = !layer.empty() && row.n == layer[0].n && row.k == layer[0].k;

@@ -789,11 +789,15 @@ template <typename K, typename T>
 bool fits(const Call<T>& call, int cluster, const Device& device) {
   const Problem& p = call.problem;
   constexpr int kTokens = K::S::kTokens;
-  // Not less than half of the rows of x that are multiplied are there; a block of eight is alone.
-  const bool sensible = kTokens == 8 ? p.m <= 8 : kTokens == 16 || p.m > kTokens / 2;
+  // At least half of the rows of x that are multiplied are there; a block of eight is alone. K is
+  // split only while there are multiprocessors for the parts.
+  const bool rows = kTokens == 8 ? p.m <= 8 : kTokens == 16 || p.m > kTokens / 2;
+  const int64_t outputs =
+      ceil_div<int64_t>(p.n_tiles, K::S::kGroups) * ceil_div<int64_t>(p.m, kTokens);
+  const bool splits = outputs * (cluster - 1) <= 2 * K::S::kBlocks * device.processors;
   return device.capability == 90 && readable(call) &&
          call.scales.is_bf16 == std::is_same_v<T, bf16> && p.k_tiles >= 2 * cluster &&
-         stages_of<K>(cluster, device) >= 3 && p.m < 1 << 30 && sensible;
+         stages_of<K>(cluster, device) >= 3 && p.m < 1 << 30 && rows && splits;
 }
 
 template <typename K>
