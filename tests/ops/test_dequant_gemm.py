@@ -234,7 +234,7 @@ def test_compiles_once_for_all_batch_sizes():
 
 def test_capability_is_checked(monkeypatch):
     monkeypatch.setenv("GRACE_CPU_CAPABILITY", "avx3")
-    with pytest.raises(RuntimeError, match=r"must be default, avx2 or avx512, got avx3"):
+    with pytest.raises(RuntimeError, match=r"must be default, avx2, avx512 or amx, got avx3"):
         through_op(make_case())
 
 
