@@ -29,10 +29,9 @@ using Floats = __m512;
 using Words = __m512i;
 constexpr int kLanes = 16;               // words of a vector; rows and columns of a register
 constexpr int kPairs = 16;               // of neighbouring columns of K, in a step
-constexpr int kSteps = 2;                // of a tile
+constexpr int kStepsOfTile = 2;
 constexpr int kBands = kTile / kBand;    // of a tile
 constexpr int kOperand = kBand * kPairs;  // words of a register of weights
-constexpr int64_t kTilesAtOnce = 2;      // at most, in a chunk: its weights stay in the L1 cache
 constexpr int64_t kRowsAtOnce = 256;     // rows of x for which weights are decoded once
 
 // A process has tile registers only after it has asked for them.
@@ -51,35 +50,75 @@ inline bool takes(const Problem& p) { return p.group_size % kTile == 0; }
 // Vectors in memory, not cleared.
 class Scratch {
  public:
-  explicit Scratch(int64_t words) : lines_(new Line[(words + kLanes - 1) / kLanes]) {}
+  explicit Scratch(int64_t words = 0) { reserve(words); }
+  void reserve(int64_t words) {
+    const int64_t lines = (words + kLanes - 1) / kLanes;
+    if (lines > size_) lines_.reset(new Line[lines]), size_ = lines;
+  }
   uint32_t* words() { return lines_[0].words; }
-  float* floats() { return reinterpret_cast<float*>(lines_.get()); }
+  float* floats() { return reinterpret_cast<float*>(words()); }
 
  private:
   struct alignas(64) Line {
     uint32_t words[kLanes];
   };
   std::unique_ptr<Line[]> lines_;
+  int64_t size_ = 0;
 };
+
+// x as the kernel takes it: megabytes, whose pages would be new at each call if they were given back.
+inline Scratch& kept_scratch() {
+  static thread_local Scratch scratch;
+  return scratch;
+}
+
+// Columns for rows, of 16 x 16 words.
+GRACE_SIMD_INLINE void transpose(Words* rows) {
+  Words pairs[kLanes], fours[kLanes];  // of rows: 64 bits, then 128 bits from one column
+#pragma GCC unroll 8
+  for (int i = 0; i < kLanes; i += 2) {
+    pairs[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+    pairs[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < kLanes; i += 4) {
+    fours[i] = _mm512_unpacklo_epi64(pairs[i], pairs[i + 2]);
+    fours[i + 1] = _mm512_unpackhi_epi64(pairs[i], pairs[i + 2]);
+    fours[i + 2] = _mm512_unpacklo_epi64(pairs[i + 1], pairs[i + 3]);
+    fours[i + 3] = _mm512_unpackhi_epi64(pairs[i + 1], pairs[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {  // column 4 * quarter + i is quarter `quarter` of four vectors
+    const Words first = _mm512_shuffle_i32x4(fours[i], fours[i + 4], 0x44);
+    const Words second = _mm512_shuffle_i32x4(fours[i], fours[i + 4], 0xee);
+    const Words third = _mm512_shuffle_i32x4(fours[i + 8], fours[i + 12], 0x44);
+    const Words fourth = _mm512_shuffle_i32x4(fours[i + 8], fours[i + 12], 0xee);
+    rows[i] = _mm512_shuffle_i32x4(first, third, 0x88);
+    rows[i + 4] = _mm512_shuffle_i32x4(first, third, 0xdd);
+    rows[i + 8] = _mm512_shuffle_i32x4(second, fourth, 0x88);
+    rows[i + 12] = _mm512_shuffle_i32x4(second, fourth, 0xdd);
+  }
+}
 
 // --- x as operand B -----------------------------------------------------------------------------
 
 template <typename T>
 constexpr int kParts = std::is_same_v<T, bf16> ? 1 : std::is_same_v<T, fp16> ? 2 : 3;
 
-// Rows of x by slabs of up to 16: words [slabs][steps][parts][kPairs][width], pairs of bf16.
-struct Slabs {
-  int64_t rows;        // that there are; the others are zero
-  int log_width;       // a slab is as wide as a register, or just holds the few rows there are
-  int64_t slab_words;  // of one slab
-
-  Slabs(int64_t rows, int64_t k_tiles, int parts)
-      : rows(rows),
-        log_width(std::bit_width(static_cast<uint64_t>(std::min<int64_t>(rows, kLanes) - 1))),
-        slab_words(k_tiles * kSteps * parts * kPairs * width()) {}
-
-  int width() const { return 1 << log_width; }
-  int64_t count() const { return (rows + width() - 1) / width(); }
+// How a call is cut, all that a kernel is compiled for. Rows of x go by slabs of kWidth, columns by
+// chunks of kTiles. A chunk of a slab is, in words, a row of -kOffset times its sums of x, fp32
+// [kLanes], and operands [kSteps][kParts][kPairs][kWidth].
+template <int kBits_, typename T_, int kWidth_, int kTiles_>
+struct Cut {
+  using T = T_;
+  static constexpr int kBits = kBits_, kWidth = kWidth_, kTiles = kTiles_;
+  static constexpr int kParts = amx::kParts<T>;
+  // What is added to each code where that makes it quicker to decode, and is taken off the sum
+  // again: this times the sum of x. It costs a few bits of fp32, so not for x in fp32.
+  static constexpr int kOffset = kBits == 4 && kParts < 3 ? 24 : 0;
+  static constexpr int kSteps = kTiles * kStepsOfTile;
+  static constexpr int kChunk = kLanes + kSteps * kParts * kPairs * kWidth;  // words, of a slab
+  static constexpr int kSums = kTile * kWidth;                               // of a slab
 };
 
 // Where columns 2 * pair and 2 * pair + 1 of a tile stand in its steps: step * kPairs + pair there.
@@ -90,7 +129,7 @@ constexpr int place_of(int pair) {
   return block / 2 * kPairs + tig * 4 + block % 2 * 2 + c8;
 }
 
-// Neighbours of a row of x, in fp32.
+// 32 neighbours of a row of x, in fp32.
 struct Neighbours {
   Floats low, high;
 };
@@ -106,17 +145,25 @@ GRACE_SIMD_INLINE Neighbours widen(const fp16* x, __mmask32 there) {
           _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1))};
 }
 
+GRACE_SIMD_INLINE Neighbours widen(const bf16* x, __mmask32 there) {
+  const Words halves = _mm512_maskz_loadu_epi16(there, x);
+  const Words low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(halves));
+  const Words high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(halves, 1));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(low, 16)),
+          _mm512_castsi512_ps(_mm512_slli_epi32(high, 16))};
+}
+
 // What cutting to bf16 leaves over: nothing of NaN and infinity.
 GRACE_SIMD_INLINE Floats left_over(Floats x) {
   const Words mask = _mm512_set1_epi32(static_cast<int>(0xffff0000));
   const Floats top = _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(x), mask));
-  const Floats size = _mm512_abs_ps(x);
-  const auto finite = _mm512_cmp_ps_mask(size, _mm512_set1_ps(INFINITY), _CMP_LT_OQ);
+  const Floats infinity = _mm512_set1_ps(INFINITY);
+  const auto finite = _mm512_cmp_ps_mask(_mm512_abs_ps(x), infinity, _CMP_LT_OQ);
   return _mm512_maskz_sub_ps(finite, x, top);
 }
 
 // The top halves of 32 floats, in order.
-GRACE_SIMD_INLINE Words cut(const Neighbours& x) {
+GRACE_SIMD_INLINE Words top_halves(const Neighbours& x) {
   alignas(64) static constexpr std::array<uint16_t, 2 * kLanes> kTops = [] {
     std::array<uint16_t, 2 * kLanes> tops{};
     for (int i = 0; i < 2 * kLanes; ++i) tops[i] = static_cast<uint16_t>(2 * i + 1);
@@ -126,51 +173,54 @@ GRACE_SIMD_INLINE Words cut(const Neighbours& x) {
                                    _mm512_castps_si512(x.high));
 }
 
-// 32 neighbours of a row in bf16 parts that add up to them.
-GRACE_SIMD_INLINE void load_parts(const bf16* x, __mmask32 there, Words* parts) {
-  parts[0] = _mm512_maskz_loadu_epi16(there, x);
-}
-
-template <typename T>
-GRACE_SIMD_INLINE void load_parts(const T* x, __mmask32 there, Words* parts) {
-  Neighbours rest = widen(x, there);
-  for (int part = 0; part < kParts<T>; ++part) {
-    parts[part] = cut(rest);
-    rest = {left_over(rest.low), left_over(rest.high)};
+// A chunk of one slab: rows of x become columns of every step's operand.
+template <typename Cut>
+GRACE_SIMD void arrange(const typename Cut::T* x, int64_t rows, int64_t columns, int64_t stride,
+                        uint32_t* chunk) {
+  constexpr int kPart = kPairs * Cut::kWidth, kHalf = 2 * kLanes;  // columns: half a tile
+  constexpr auto kWide = static_cast<__mmask16>((1u << Cut::kWidth) - 1);
+  Floats sums[Cut::kWidth] = {};
+  for (int half = 0; half < 2 * Cut::kTiles; ++half) {
+    const int64_t count = std::clamp<int64_t>(columns - half * kHalf, 0, kHalf);
+    const auto there = static_cast<__mmask32>((uint64_t{1} << count) - 1);
+    const auto* const from = x + (count > 0 ? half * kHalf : 0);
+    uint32_t* const tile = chunk + kLanes + half / 2 * kStepsOfTile * Cut::kParts * kPart;
+    for (int part = 0; part < Cut::kParts; ++part) {
+      Words pairs[kLanes] = {};
+      for (int row = 0; row < Cut::kWidth && row < rows; ++row) {
+        Neighbours rest = widen(from + row * stride, there);
+        if (part == 0) sums[row] = _mm512_add_ps(sums[row], _mm512_add_ps(rest.low, rest.high));
+        for (int i = 0; i < part; ++i) rest = {left_over(rest.low), left_over(rest.high)};
+        pairs[row] = top_halves(rest);
+      }
+      transpose(pairs);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) {
+        const int place = place_of<Cut::kBits>(half % 2 * kLanes + i), step = place / kPairs;
+        uint32_t* const operand = tile + (step * Cut::kParts + part) * kPart;
+        _mm512_mask_storeu_epi32(operand + place % kPairs * Cut::kWidth, kWide, pairs[i]);
+      }
+    }
   }
-}
-
-// One tile's columns of one slab of x. A row of x goes to a column of each step's operand.
-template <int kBits, typename T>
-GRACE_SIMD void arrange(const T* x, int64_t rows, int64_t k, int64_t tile, const Slabs& slabs,
-                        uint32_t* slab) {
-  const int width = slabs.width();
-  uint32_t* const steps = slab + tile * kSteps * kParts<T> * kPairs * width;
-  for (int half = 0; half < 2; ++half) {
-    alignas(64) int32_t offsets[kLanes];
-    for (int i = 0; i < kLanes; ++i) {
-      const int place = place_of<kBits>(half * kLanes + i);
-      offsets[i] = (place / kPairs * kParts<T> * kPairs + place % kPairs) * width;
-    }
-    const int64_t first = tile * kTile + half * 2 * kLanes;
-    const int64_t columns = std::clamp<int64_t>(k - first, 0, 2 * kLanes);
-    const auto there = static_cast<__mmask32>((uint64_t{1} << columns) - 1);
-    for (int row = 0; row < width; ++row) {
-      Words parts[kParts<T>] = {};
-      if (row < rows && columns > 0) load_parts(x + row * k + first, there, parts);
-      for (int part = 0; part < kParts<T>; ++part)
-        _mm512_i32scatter_epi32(steps + part * kPairs * width + row, _mm512_load_si512(offsets),
-                                parts[part], sizeof(uint32_t));
-    }
+  for (int row = 0; row < Cut::kWidth; ++row) {
+    const float sum = Cut::kOffset == 0 ? 0.0f : _mm512_reduce_add_ps(sums[row]);
+    reinterpret_cast<float*>(chunk)[row] = -Cut::kOffset * sum;
   }
 }
 
 // --- weights as operand A -----------------------------------------------------------------------
 
 // The codes of one row that a step has, as bf16: `field` says which of those in the words.
-template <int kBits>
+template <int kBits, int kOffset>
 GRACE_SIMD_INLINE Words codes_of(Words words, int field) {
-  if constexpr (kBits == 4) {
+  if constexpr (kOffset != 0) {
+    // The mantissa of 16 to 31: a code plus 8, plus 16.
+    const Words in_place = field == 0 ? _mm512_slli_epi32(words, 3)
+                                      : _mm512_srli_epi32(words, 4 * field - 3);
+    constexpr int kOrAnd = 0xf8;  // a | b & c
+    return _mm512_ternarylogic_epi32(_mm512_set1_epi32(0x41804180), in_place,
+                                     _mm512_set1_epi32(0x00780078), kOrAnd);
+  } else if constexpr (kBits == 4) {
     // Looked up, 32 at once. The look-up takes five bits: both halves of the table are the same.
     const Words codes = _mm512_set_epi16(
         0x40e0, 0x40c0, 0x40a0, 0x4080, 0x4040, 0x4000, 0x3f80, 0, -0x4080, -0x4000, -0x3fc0,
@@ -188,21 +238,21 @@ GRACE_SIMD_INLINE Words codes_of(Words words, int field) {
   }
 }
 
-// One band of a tile: operands [kSteps][kBands][16 rows][kPairs], of which this band's are written.
-template <int kBits>
+// One band of a tile, into operands [kStepsOfTile][kBands][16 rows][kPairs].
+template <int kBits, int kOffset>
 GRACE_SIMD_INLINE void decode_band(const uint32_t* words, uint32_t* operands) {
   for (int gid = 0; gid < kBand / 2; ++gid) {
 #pragma GCC unroll 2
     for (int strip = 0; strip < kBits / 4; ++strip) {
       const uint32_t* const from = words + strip * 128 + gid * kLanes;
       // May pass the end: a prefetch never faults.
-      __builtin_prefetch(reinterpret_cast<const char*>(from) + kPrefetchBytes);
+      __builtin_prefetch(reinterpret_cast<const char*>(from) + 2048);
       const Words stored = _mm512_loadu_si512(from);
 #pragma GCC unroll 4
       for (int field = 0; field < 16 / kBits; ++field) {
         const int step = kBits == 4 ? field / 2 : strip, row = gid + field % 2 * 8;
         uint32_t* const operand = operands + step * kBands * kOperand;
-        _mm512_store_si512(operand + row * kPairs, codes_of<kBits>(stored, field));
+        _mm512_store_si512(operand + row * kPairs, codes_of<kBits, kOffset>(stored, field));
       }
     }
   }
@@ -212,15 +262,14 @@ GRACE_SIMD_INLINE void decode_band(const uint32_t* words, uint32_t* operands) {
 GRACE_SIMD_INLINE Floats load_scales(const Scales& scales, int64_t group, int64_t row) {
   const int64_t i = group * scales.stride + row;
   if (scales.is_float) return _mm512_loadu_ps(static_cast<const float*>(scales.data) + i);
-  const __m256i halves = _mm256_loadu_si256(
-      reinterpret_cast<const __m256i*>(static_cast<const uint16_t*>(scales.data) + i));
-  if (!scales.is_bf16) return _mm512_cvtph_ps(halves);
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+  constexpr __mmask32 kSixteen = 0xffff;
+  if (scales.is_bf16) return widen(static_cast<const bf16*>(scales.data) + i, kSixteen).low;
+  return widen(static_cast<const fp16*>(scales.data) + i, kSixteen).low;
 }
 
 // --- products -----------------------------------------------------------------------------------
 
-// Tile registers of one thread: four of sums and three of weights, 16 x 64 bytes; one of x.
+// Tile registers of one thread: five of sums and x, 16 x width words; three of weights, 16 x 16.
 class Registers {
  public:
   GRACE_SIMD explicit Registers(int width) {
@@ -240,19 +289,28 @@ class Registers {
   Registers& operator=(const Registers&) = delete;
 };
 
-// sums[64 rows of the weight][width] = weights of a chunk times a slab.
-GRACE_SIMD inline void multiply(const uint32_t* operands, int64_t steps, int parts,
-                                const uint32_t* x, int width, float* sums) {
-  constexpr int kRowBytes = 4 * kPairs;
-  const int x_bytes = 4 * width;
+// Two decoded tiles of the weight.
+using Tiles = uint32_t[2][kStepsOfTile][kBands * kOperand];
+
+// products[64 rows of the weight][kWidth] = weights of a chunk times that chunk of a slab. Tile
+// registers work beside the vector units, but only as far as a core looks ahead: `meanwhile(step)`
+// is called after each step for work on vectors.
+template <typename Cut, typename F>
+GRACE_SIMD_INLINE void multiply(const Tiles& tiles, int first, const uint32_t* chunk,
+                                float* products, const F& meanwhile) {
+  constexpr int kRowBytes = 4 * kPairs, kBytes = 4 * Cut::kWidth, kPart = kPairs * Cut::kWidth;
+  const uint32_t* x = chunk + kLanes;
   asm volatile("" ::: "memory");  // the compiler does not know what tile instructions read
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  for (int64_t step = 0; step < steps; ++step) {
-    for (int part = 0; part < parts; ++part) {
-      _tile_loadd(4, x, x_bytes);
+  _tile_loadd(0, chunk, 0);       // the same row sixteen times
+  _tile_loadd(1, chunk, 0);
+  _tile_loadd(2, chunk, 0);
+  _tile_loadd(3, chunk, 0);
+#pragma GCC unroll 4
+  for (int step = 0; step < Cut::kSteps; ++step) {
+    const uint32_t* const operands = tiles[(first + step / kStepsOfTile) % 2][step % kStepsOfTile];
+#pragma GCC unroll 3
+    for (int part = 0; part < Cut::kParts; ++part) {
+      _tile_loadd(4, x, kBytes);
       _tile_loadd(5, operands, kRowBytes);
       _tile_dpbf16ps(0, 5, 4);
       _tile_loadd(6, operands + kOperand, kRowBytes);
@@ -261,58 +319,99 @@ GRACE_SIMD inline void multiply(const uint32_t* operands, int64_t steps, int par
       _tile_dpbf16ps(2, 7, 4);
       _tile_loadd(5, operands + 3 * kOperand, kRowBytes);
       _tile_dpbf16ps(3, 5, 4);
-      x += kPairs * width;
+      x += kPart;
     }
-    operands += kBands * kOperand;
+    meanwhile(step);
   }
-  _tile_stored(0, sums, x_bytes);
-  _tile_stored(1, sums + kBand * width, x_bytes);
-  _tile_stored(2, sums + 2 * kBand * width, x_bytes);
-  _tile_stored(3, sums + 3 * kBand * width, x_bytes);
+  _tile_stored(0, products, kBytes);
+  _tile_stored(1, products + kPart, kBytes);
+  _tile_stored(2, products + 2 * kPart, kBytes);
+  _tile_stored(3, products + 3 * kPart, kBytes);
 }
 
-// sums[64][width] += scales[64] * chunk[64][width]
-GRACE_SIMD inline void add_scaled(const Floats* scales, const float* chunk, int log_width,
-                                  float* sums) {
+// Products of a chunk that are still to be scaled and added: sums[64][kWidth] += scales[64] * them.
+struct Pending {
+  const Floats* scales;  // of the four bands
+  const float* products;
+  float* sums;
+};
+
+template <int kWidth>
+GRACE_SIMD_INLINE void add_band(const Pending& pending, int band) {
   const Words lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const Words step = _mm512_set1_epi32(kLanes >> log_width);  // rows of the weight in a vector
-  for (int band = 0; band < kBands; ++band) {
-    Words row = _mm512_srli_epi32(lane, static_cast<unsigned>(log_width));
-    for (int i = 0; i < 1 << log_width; ++i) {
-      const Floats scale = _mm512_permutexvar_ps(row, scales[band]);
-      const Floats sum = _mm512_fmadd_ps(scale, _mm512_load_ps(chunk), _mm512_load_ps(sums));
-      _mm512_store_ps(sums, sum);
-      row = _mm512_add_epi32(row, step);
-      chunk += kLanes;
-      sums += kLanes;
-    }
+  constexpr int kRows = kLanes / kWidth;  // of the weight, in a vector
+  Words row = _mm512_srli_epi32(lane, std::countr_zero(static_cast<unsigned>(kWidth)));
+  float* const sums = pending.sums + band * kLanes * kWidth;
+  const float* const products = pending.products + band * kLanes * kWidth;
+#pragma GCC unroll 16
+  for (int i = 0; i < kWidth; ++i) {
+    const Floats scale = _mm512_permutexvar_ps(row, pending.scales[band]);
+    const Floats product = _mm512_load_ps(products + i * kLanes);
+    const Floats sum = _mm512_load_ps(sums + i * kLanes);
+    _mm512_store_ps(sums + i * kLanes, _mm512_fmadd_ps(scale, product, sum));
+    row = _mm512_add_epi32(row, _mm512_set1_epi32(kRows));
   }
 }
 
-// sums[slabs][64][width]: a row of tiles times all of x.
-template <int kBits, int kParts>
-GRACE_SIMD void multiply_row(const Problem& p, const uint32_t* tiles, const Scales& scales,
-                             int64_t first_row, const Slabs& slabs, const uint32_t* x,
-                             float* sums) {
-  alignas(64) uint32_t operands[kTilesAtOnce * kSteps * kBands * kOperand];
-  alignas(64) float chunk[kTile * kLanes];
-  const int64_t group_tiles = p.group_size / kTile;
-  const int64_t count = group_tiles % kTilesAtOnce == 0 ? kTilesAtOnce : 1;
-  for (int64_t tile = 0; tile < p.k_tiles; tile += count) {
-    for (int64_t i = 0; i < count; ++i)
+// Rows of tiles [begin, end) times all slabs; `finish(row)` is called once sums[slabs][64][kWidth]
+// of a row are there. Three things go on at once: a chunk is multiplied, the products before are
+// scaled and added, and where there is one slab, the next tile is decoded.
+template <typename Cut, typename F>
+GRACE_SIMD void multiply_rows(const Problem& p, const uint32_t* qweight, const Scales& scales,
+                              int64_t begin, int64_t end, int64_t slabs, const uint32_t* x,
+                              float* sums, const F& finish) {
+  using Layout = Layout<Cut::kBits>;
+  constexpr int kBandsAtOnce = kBands / Cut::kSteps;
+  alignas(64) Tiles tiles;
+  alignas(64) float products[2][Cut::kSums];
+  Floats of_bands[2][kBands];
+  const int64_t chunks = p.k_tiles / Cut::kTiles;
+  const int64_t chunks_of_group = p.group_size / (Cut::kTiles * kTile);
+  const uint32_t* next = qweight + begin * p.k_tiles * Layout::kTileWords;  // to be decoded
+  const uint32_t* const last = qweight + end * p.k_tiles * Layout::kTileWords;
+  const auto decode_half = [&](int half, int slot) GRACE_SIMD {
+    for (int band = 2 * half; band < 2 * half + 2; ++band)
+      decode_band<Cut::kBits, Cut::kOffset>(next + band * Layout::kBandWords,
+                                            tiles[slot][0] + band * kOperand);
+    if (half == 1) next += Layout::kTileWords;
+  };
+  const auto decode = [&](int slot) GRACE_SIMD {
+    decode_half(0, slot);
+    decode_half(1, slot);
+  };
+  Pending pending{};
+  const auto add = [&](int step) GRACE_SIMD {
+    for (int i = 0; i < kBandsAtOnce; ++i)
+      if (pending.sums != nullptr) add_band<Cut::kWidth>(pending, step * kBandsAtOnce + i);
+  };
+  int first = 0, side = 0;
+  if (slabs == 1) decode(0);
+  for (int64_t row = begin; row < end; ++row) {
+    std::fill_n(sums, slabs * Cut::kSums, 0.0f);
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      Floats* const of_chunk = of_bands[chunk % 2];
       for (int band = 0; band < kBands; ++band)
-        decode_band<kBits>(
-            tiles + (tile + i) * Layout<kBits>::kTileWords + band * Layout<kBits>::kBandWords,
-            operands + (i * kSteps * kBands + band) * kOperand);
-    Floats of_band[kBands];
-    for (int band = 0; band < kBands; ++band)
-      of_band[band] = load_scales(scales, tile / group_tiles, first_row + band * kBand);
-    const uint32_t* const steps = x + tile * kSteps * kParts * kPairs * slabs.width();
-    for (int64_t slab = 0; slab < slabs.count(); ++slab) {
-      multiply(operands, count * kSteps, kParts, steps + slab * slabs.slab_words, slabs.width(),
-               chunk);
-      add_scaled(of_band, chunk, slabs.log_width, sums + slab * kTile * slabs.width());
+        of_chunk[band] = load_scales(scales, chunk / chunks_of_group, row * kTile + band * kBand);
+      if (slabs > 1)
+        for (int tile = 0; tile < Cut::kTiles; ++tile) decode(tile);
+      for (int64_t slab = 0; slab < slabs; ++slab) {
+        const uint32_t* const chunk_of_x = x + (chunk * slabs + slab) * Cut::kChunk;
+        if (slabs == 1) {
+          multiply<Cut>(tiles, first, chunk_of_x, products[side], [&](int step) GRACE_SIMD {
+            add(step);
+            if (next != last) decode_half(step % 2, (first + step / 2 + 1) % 2);
+          });
+        } else {
+          multiply<Cut>(tiles, 0, chunk_of_x, products[side], add);
+        }
+        pending = {of_chunk, products[side], sums + slab * Cut::kSums};
+        side = 1 - side;
+      }
+      first = (first + Cut::kTiles) % 2;
     }
+    for (int step = 0; step < Cut::kSteps; ++step) add(step);
+    pending = {};
+    finish(row);
   }
 }
 
@@ -338,73 +437,72 @@ GRACE_SIMD_INLINE void store(bf16* to, __mmask16 there, Floats x) {
                                     _mm512_mask_set1_epi32(rounded, nan, 0x7fc0));
 }
 
-GRACE_SIMD_INLINE Floats load_bias(const float* bias, __mmask16 there) {
-  return widen(bias, there).low;
-}
-
-GRACE_SIMD_INLINE Floats load_bias(const fp16* bias, __mmask16 there) {
-  return widen(bias, there).low;
-}
-
-GRACE_SIMD_INLINE Floats load_bias(const bf16* bias, __mmask16 there) {
-  const Words halves = _mm512_maskz_loadu_epi16(there, bias);
-  return _mm512_castsi512_ps(
-      _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(halves)), 16));
-}
-
 // out[rows][n]: the sums of a row of tiles, the bias, and the one rounding to T.
-template <typename T>
-GRACE_SIMD void finish(const float* sums, const Slabs& slabs, int64_t first, int64_t n,
-                       const T* bias, T* out) {
-  const int width = slabs.width();
-  const Words lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const Words offsets = _mm512_slli_epi32(lane, static_cast<unsigned>(slabs.log_width));
-  for (int64_t m = 0; m < slabs.rows; ++m) {
-    const float* column = sums + m / width * kTile * width + m % width;
+template <int kWidth, typename T>
+GRACE_SIMD void finish(const float* sums, int64_t rows, int64_t first, int64_t n, const T* bias,
+                       T* out) {
+  constexpr auto kWide = static_cast<__mmask16>((1u << kWidth) - 1);
+  for (int64_t m = 0; m < rows; m += kWidth) {
     for (int64_t row = first; row < std::min(first + kTile, n); row += kLanes) {
       const auto there = static_cast<__mmask16>((1u << std::min<int64_t>(n - row, kLanes)) - 1);
-      Floats sum = _mm512_i32gather_ps(offsets, column, sizeof(float));
-      if (bias != nullptr) sum = _mm512_add_ps(sum, load_bias(bias + row, there));
-      store(out + m * n + row, there, sum);
-      column += kLanes * width;
+      const float* const band = sums + m * kTile + (row - first) * kWidth;
+      Words columns[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i)
+        columns[i] = _mm512_maskz_loadu_epi32(kWide, band + i * kWidth);
+      transpose(columns);
+      const Floats added = bias ? widen(bias + row, there).low : _mm512_setzero_ps();
+      for (int i = 0; i < kWidth && m + i < rows; ++i) {
+        const Floats sum = _mm512_add_ps(_mm512_castsi512_ps(columns[i]), added);
+        store(out + (m + i) * n + row, there, sum);
+      }
     }
   }
 }
 
-template <int kBits, typename T>
-void run_rows(const Call<T>& call, const T* x, const Slabs& slabs, Scratch& arranged, T* out) {
-  const Problem& p = call.problem;
+// Up to kRowsAtOnce rows of x.
+template <typename Cut, typename T = Cut::T>
+void run_rows(const Call<T>& call, const T* x, int64_t rows, uint32_t* arranged, T* out) {
   using torch::stable::parallel_for;
-  parallel_for(0, slabs.count() * p.k_tiles, 8, [&](int64_t begin, int64_t end) {
+  const Problem& p = call.problem;
+  const int64_t slabs = (rows + Cut::kWidth - 1) / Cut::kWidth, chunks = p.k_tiles / Cut::kTiles;
+  parallel_for(0, slabs * chunks, 8, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t slab = i / p.k_tiles, row = slab * slabs.width();
-      arrange<kBits>(x + row * p.k, slabs.rows - row, p.k, i % p.k_tiles, slabs,
-                     arranged.words() + slab * slabs.slab_words);
+      const int64_t row = i % slabs * Cut::kWidth, column = i / slabs * Cut::kTiles * kTile;
+      arrange<Cut>(x + row * p.k + column, rows - row, p.k - column, p.k,
+                   arranged + i * Cut::kChunk);
     }
   });
   parallel_for(0, p.n_tiles, 1, [&](int64_t begin, int64_t end) {
-    const Registers registers(slabs.width());
-    const int64_t size = slabs.count() * kTile * slabs.width();
-    Scratch sums(size);
-    for (int64_t tile = begin; tile < end; ++tile) {
-      std::fill_n(sums.floats(), size, 0.0f);
-      multiply_row<kBits, kParts<T>>(
-          p, call.qweight + tile * p.k_tiles * Layout<kBits>::kTileWords, call.scales,
-          tile * kTile, slabs, arranged.words(), sums.floats());
-      finish(sums.floats(), slabs, tile * kTile, p.n, call.bias, out);
-    }
+    const Registers registers(Cut::kWidth);
+    Scratch sums(slabs * Cut::kSums);
+    multiply_rows<Cut>(p, call.qweight, call.scales, begin, end, slabs, arranged, sums.floats(),
+                       [&](int64_t tile) {
+                         finish<Cut::kWidth>(sums.floats(), rows, tile * kTile, p.n, call.bias,
+                                             out);
+                       });
   });
+}
+
+template <typename Cut, typename T = Cut::T>
+void run_cut(const Call<T>& call) {
+  const Problem& p = call.problem;
+  const int64_t slabs = (std::min(p.m, kRowsAtOnce) + Cut::kWidth - 1) / Cut::kWidth;
+  Scratch& arranged = kept_scratch();
+  arranged.reserve(slabs * (p.k_tiles / Cut::kTiles) * Cut::kChunk);
+  for (int64_t m = 0; m < p.m; m += kRowsAtOnce)
+    run_rows<Cut>(call, call.x + m * p.k, std::min(p.m - m, kRowsAtOnce), arranged.words(),
+                  call.out + m * p.n);
 }
 
 template <int kBits, typename T>
 void run(const Call<T>& call) {
-  const Problem& p = call.problem;
-  const Slabs most(std::min(p.m, kRowsAtOnce), p.k_tiles, kParts<T>);
-  Scratch arranged(most.count() * most.slab_words);
-  for (int64_t m = 0; m < p.m; m += kRowsAtOnce) {
-    const Slabs slabs(std::min(p.m - m, kRowsAtOnce), p.k_tiles, kParts<T>);
-    run_rows<kBits>(call, call.x + m * p.k, slabs, arranged, call.out + m * p.n);
-  }
+  constexpr int kFew = 4;
+  const bool few = call.problem.m <= kFew, pairs = call.problem.group_size / kTile % 2 == 0;
+  if (few && pairs) return run_cut<Cut<kBits, T, kFew, 2>>(call);
+  if (few) return run_cut<Cut<kBits, T, kFew, 1>>(call);
+  if (pairs) return run_cut<Cut<kBits, T, kLanes, 2>>(call);
+  run_cut<Cut<kBits, T, kLanes, 1>>(call);
 }
 
 }  // namespace grace::dequant_gemm::amx
