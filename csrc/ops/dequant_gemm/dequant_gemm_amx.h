@@ -32,7 +32,7 @@ constexpr int kPairs = 16;               // of neighbouring columns of K, in a s
 constexpr int kStepsOfTile = 2;
 constexpr int kBands = kTile / kBand;    // of a tile
 constexpr int kOperand = kBand * kPairs;  // words of a register of weights
-constexpr int64_t kRowsAtOnce = 256;     // rows of x for which weights are decoded once
+constexpr int64_t kRowsAtOnce = 128;     // rows of x for which weights are decoded once
 
 // A process has tile registers only after it has asked for them.
 inline bool supported() {
@@ -106,19 +106,15 @@ template <typename T>
 constexpr int kParts = std::is_same_v<T, bf16> ? 1 : std::is_same_v<T, fp16> ? 2 : 3;
 
 // How a call is cut, all that a kernel is compiled for. Rows of x go by slabs of kWidth, columns by
-// chunks of kTiles. A chunk of a slab is, in words, a row of -kOffset times its sums of x, fp32
-// [kLanes], and operands [kSteps][kParts][kPairs][kWidth].
+// chunks of kTiles. A chunk of a slab is operands, in words [kSteps][kParts][kPairs][kWidth].
 template <int kBits_, typename T_, int kWidth_, int kTiles_>
 struct Cut {
   using T = T_;
   static constexpr int kBits = kBits_, kWidth = kWidth_, kTiles = kTiles_;
   static constexpr int kParts = amx::kParts<T>;
-  // What is added to each code where that makes it quicker to decode, and is taken off the sum
-  // again: this times the sum of x. It costs a few bits of fp32, so not for x in fp32.
-  static constexpr int kOffset = kBits == 4 && kParts < 3 ? 24 : 0;
   static constexpr int kSteps = kTiles * kStepsOfTile;
-  static constexpr int kChunk = kLanes + kSteps * kParts * kPairs * kWidth;  // words, of a slab
-  static constexpr int kSums = kTile * kWidth;                               // of a slab
+  static constexpr int kChunk = kSteps * kParts * kPairs * kWidth;  // words, of a slab
+  static constexpr int kSums = kTile * kWidth;                      // of a slab
 };
 
 // Where columns 2 * pair and 2 * pair + 1 of a tile stand in its steps: step * kPairs + pair there.
@@ -177,19 +173,18 @@ GRACE_SIMD_INLINE Words top_halves(const Neighbours& x) {
 template <typename Cut>
 GRACE_SIMD void arrange(const typename Cut::T* x, int64_t rows, int64_t columns, int64_t stride,
                         uint32_t* chunk) {
-  constexpr int kPart = kPairs * Cut::kWidth, kHalf = 2 * kLanes;  // columns: half a tile
+  constexpr int kPart = kPairs * Cut::kWidth, kHalf = 2 * kLanes, kRowsAhead = 4 * kHalf;
   constexpr auto kWide = static_cast<__mmask16>((1u << Cut::kWidth) - 1);
-  Floats sums[Cut::kWidth] = {};
   for (int half = 0; half < 2 * Cut::kTiles; ++half) {
     const int64_t count = std::clamp<int64_t>(columns - half * kHalf, 0, kHalf);
     const auto there = static_cast<__mmask32>((uint64_t{1} << count) - 1);
     const auto* const from = x + (count > 0 ? half * kHalf : 0);
-    uint32_t* const tile = chunk + kLanes + half / 2 * kStepsOfTile * Cut::kParts * kPart;
+    uint32_t* const tile = chunk + half / 2 * kStepsOfTile * Cut::kParts * kPart;
     for (int part = 0; part < Cut::kParts; ++part) {
       Words pairs[kLanes] = {};
       for (int row = 0; row < Cut::kWidth && row < rows; ++row) {
+        __builtin_prefetch(from + row * stride + kRowsAhead);
         Neighbours rest = widen(from + row * stride, there);
-        if (part == 0) sums[row] = _mm512_add_ps(sums[row], _mm512_add_ps(rest.low, rest.high));
         for (int i = 0; i < part; ++i) rest = {left_over(rest.low), left_over(rest.high)};
         pairs[row] = top_halves(rest);
       }
@@ -202,25 +197,14 @@ GRACE_SIMD void arrange(const typename Cut::T* x, int64_t rows, int64_t columns,
       }
     }
   }
-  for (int row = 0; row < Cut::kWidth; ++row) {
-    const float sum = Cut::kOffset == 0 ? 0.0f : _mm512_reduce_add_ps(sums[row]);
-    reinterpret_cast<float*>(chunk)[row] = -Cut::kOffset * sum;
-  }
 }
 
 // --- weights as operand A -----------------------------------------------------------------------
 
 // The codes of one row that a step has, as bf16: `field` says which of those in the words.
-template <int kBits, int kOffset>
+template <int kBits>
 GRACE_SIMD_INLINE Words codes_of(Words words, int field) {
-  if constexpr (kOffset != 0) {
-    // The mantissa of 16 to 31: a code plus 8, plus 16.
-    const Words in_place = field == 0 ? _mm512_slli_epi32(words, 3)
-                                      : _mm512_srli_epi32(words, 4 * field - 3);
-    constexpr int kOrAnd = 0xf8;  // a | b & c
-    return _mm512_ternarylogic_epi32(_mm512_set1_epi32(0x41804180), in_place,
-                                     _mm512_set1_epi32(0x00780078), kOrAnd);
-  } else if constexpr (kBits == 4) {
+  if constexpr (kBits == 4) {
     // Looked up, 32 at once. The look-up takes five bits: both halves of the table are the same.
     const Words codes = _mm512_set_epi16(
         0x40e0, 0x40c0, 0x40a0, 0x4080, 0x4040, 0x4000, 0x3f80, 0, -0x4080, -0x4000, -0x3fc0,
@@ -239,20 +223,18 @@ GRACE_SIMD_INLINE Words codes_of(Words words, int field) {
 }
 
 // One band of a tile, into operands [kStepsOfTile][kBands][16 rows][kPairs].
-template <int kBits, int kOffset>
+template <int kBits>
 GRACE_SIMD_INLINE void decode_band(const uint32_t* words, uint32_t* operands) {
   for (int gid = 0; gid < kBand / 2; ++gid) {
 #pragma GCC unroll 2
     for (int strip = 0; strip < kBits / 4; ++strip) {
       const uint32_t* const from = words + strip * 128 + gid * kLanes;
-      // May pass the end: a prefetch never faults.
-      __builtin_prefetch(reinterpret_cast<const char*>(from) + 2048);
       const Words stored = _mm512_loadu_si512(from);
 #pragma GCC unroll 4
       for (int field = 0; field < 16 / kBits; ++field) {
         const int step = kBits == 4 ? field / 2 : strip, row = gid + field % 2 * 8;
         uint32_t* const operand = operands + step * kBands * kOperand;
-        _mm512_store_si512(operand + row * kPairs, codes_of<kBits, kOffset>(stored, field));
+        _mm512_store_si512(operand + row * kPairs, codes_of<kBits>(stored, field));
       }
     }
   }
@@ -299,12 +281,12 @@ template <typename Cut, typename F>
 GRACE_SIMD_INLINE void multiply(const Tiles& tiles, int first, const uint32_t* chunk,
                                 float* products, const F& meanwhile) {
   constexpr int kRowBytes = 4 * kPairs, kBytes = 4 * Cut::kWidth, kPart = kPairs * Cut::kWidth;
-  const uint32_t* x = chunk + kLanes;
+  const uint32_t* x = chunk;
   asm volatile("" ::: "memory");  // the compiler does not know what tile instructions read
-  _tile_loadd(0, chunk, 0);       // the same row sixteen times
-  _tile_loadd(1, chunk, 0);
-  _tile_loadd(2, chunk, 0);
-  _tile_loadd(3, chunk, 0);
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
 #pragma GCC unroll 4
   for (int step = 0; step < Cut::kSteps; ++step) {
     const uint32_t* const operands = tiles[(first + step / kStepsOfTile) % 2][step % kStepsOfTile];
@@ -355,7 +337,7 @@ GRACE_SIMD_INLINE void add_band(const Pending& pending, int band) {
 
 // Rows of tiles [begin, end) times all slabs; `finish(row)` is called once sums[slabs][64][kWidth]
 // of a row are there. Three things go on at once: a chunk is multiplied, the products before are
-// scaled and added, and where there is one slab, the next tile is decoded.
+// scaled and added, and the next tile is decoded.
 template <typename Cut, typename F>
 GRACE_SIMD void multiply_rows(const Problem& p, const uint32_t* qweight, const Scales& scales,
                               int64_t begin, int64_t end, int64_t slabs, const uint32_t* x,
@@ -371,13 +353,8 @@ GRACE_SIMD void multiply_rows(const Problem& p, const uint32_t* qweight, const S
   const uint32_t* const last = qweight + end * p.k_tiles * Layout::kTileWords;
   const auto decode_half = [&](int half, int slot) GRACE_SIMD {
     for (int band = 2 * half; band < 2 * half + 2; ++band)
-      decode_band<Cut::kBits, Cut::kOffset>(next + band * Layout::kBandWords,
-                                            tiles[slot][0] + band * kOperand);
+      decode_band<Cut::kBits>(next + band * Layout::kBandWords, tiles[slot][0] + band * kOperand);
     if (half == 1) next += Layout::kTileWords;
-  };
-  const auto decode = [&](int slot) GRACE_SIMD {
-    decode_half(0, slot);
-    decode_half(1, slot);
   };
   Pending pending{};
   const auto add = [&](int step) GRACE_SIMD {
@@ -385,25 +362,28 @@ GRACE_SIMD void multiply_rows(const Problem& p, const uint32_t* qweight, const S
       if (pending.sums != nullptr) add_band<Cut::kWidth>(pending, step * kBandsAtOnce + i);
   };
   int first = 0, side = 0;
-  if (slabs == 1) decode(0);
+  // Memory is read all the time: each step asks for its part of what the next chunk decodes.
+  const int64_t lines = (Cut::kTiles * Layout::kTileWords / kLanes + Cut::kSteps * slabs - 1) / (Cut::kSteps * slabs);
+  decode_half(0, first);
+  decode_half(1, first);
   for (int64_t row = begin; row < end; ++row) {
     std::fill_n(sums, slabs * Cut::kSums, 0.0f);
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       Floats* const of_chunk = of_bands[chunk % 2];
       for (int band = 0; band < kBands; ++band)
         of_chunk[band] = load_scales(scales, chunk / chunks_of_group, row * kTile + band * kBand);
-      if (slabs > 1)
-        for (int tile = 0; tile < Cut::kTiles; ++tile) decode(tile);
+      const uint32_t* fetched = next + Cut::kTiles * Layout::kTileWords;
       for (int64_t slab = 0; slab < slabs; ++slab) {
         const uint32_t* const chunk_of_x = x + (chunk * slabs + slab) * Cut::kChunk;
-        if (slabs == 1) {
-          multiply<Cut>(tiles, first, chunk_of_x, products[side], [&](int step) GRACE_SIMD {
-            add(step);
-            if (next != last) decode_half(step % 2, (first + step / 2 + 1) % 2);
-          });
-        } else {
-          multiply<Cut>(tiles, 0, chunk_of_x, products[side], add);
-        }
+        multiply<Cut>(tiles, first, chunk_of_x, products[side], [&](int step) GRACE_SIMD {
+          add(step);
+          // May pass the end: a prefetch never faults.
+          for (int64_t line = 0; line < lines; ++line, fetched += kLanes) __builtin_prefetch(fetched);
+          // The next tile: for the other slabs too, or in the place of one that they have used.
+          const int tile = step / kStepsOfTile + 1;
+          const bool decodes = tile < Cut::kTiles ? slab == 0 : slab + 1 == slabs;
+          if (decodes && next != last) decode_half(step % kStepsOfTile, (first + tile) % 2);
+        });
         pending = {of_chunk, products[side], sums + slab * Cut::kSums};
         side = 1 - side;
       }
