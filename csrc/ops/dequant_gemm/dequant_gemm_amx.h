@@ -5,8 +5,8 @@
 // chunk of K in fp32; its scales come in where it is added to the sum of the output.
 //
 // Weights are operand A, a band of 16 rows at a time; rows of x are the columns of operand B. A
-// step is 32 columns of K, one instruction: those whose codes a vector of words shows after a shift.
-// x is brought into that order once a call.
+// step is 32 columns of K, one instruction: those whose codes a vector of words shows after a
+// shift. x is brought into that order once a call.
 #pragma once
 
 #include <cpuid.h>
@@ -27,12 +27,12 @@ namespace grace::dequant_gemm::amx {
 
 using Floats = __m512;
 using Words = __m512i;
-constexpr int kLanes = 16;               // words of a vector; rows and columns of a register
-constexpr int kPairs = 16;               // of neighbouring columns of K, in a step
+constexpr int kLanes = 16;  // words of a vector; rows and columns of a register
+constexpr int kPairs = 16;  // of neighbouring columns of K, in a step
 constexpr int kStepsOfTile = 2;
-constexpr int kBands = kTile / kBand;    // of a tile
+constexpr int kBands = kTile / kBand;     // of a tile
 constexpr int kOperand = kBand * kPairs;  // words of a register of weights
-constexpr int64_t kRowsAtOnce = 128;     // rows of x for which weights are decoded once
+constexpr int64_t kRowsAtOnce = 128;      // rows of x for which weights are decoded once
 
 // A process has tile registers only after it has asked for them.
 inline bool supported() {
@@ -40,8 +40,7 @@ inline bool supported() {
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl
   unsigned a = 0, b = 0, c = 0, d = 0;
   return __builtin_cpu_supports("avx512bw") && __get_cpuid_count(7, 0, &a, &b, &c, &d) &&
-         (d & kBf16) && (d & kTiles) &&
-         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+         (d & kBf16) && (d & kTiles) && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 
 // A step then has one scale a row.
@@ -66,7 +65,8 @@ class Scratch {
   int64_t size_ = 0;
 };
 
-// x as the kernel takes it: megabytes, whose pages would be new at each call if they were given back.
+// x as the kernel takes it: megabytes, whose pages would be new at each call if they were given
+// back.
 inline Scratch& kept_scratch() {
   static thread_local Scratch scratch;
   return scratch;
@@ -103,7 +103,9 @@ GRACE_SIMD_INLINE void transpose(Words* rows) {
 // --- x as operand B -----------------------------------------------------------------------------
 
 template <typename T>
-constexpr int kParts = std::is_same_v<T, bf16> ? 1 : std::is_same_v<T, fp16> ? 2 : 3;
+constexpr int kParts = std::is_same_v<T, bf16>   ? 1
+                       : std::is_same_v<T, fp16> ? 2
+                                                 : 3;
 
 // How a call is cut, all that a kernel is compiled for. Rows of x go by slabs of kWidth, columns by
 // chunks of kTiles. A chunk of a slab is operands, in words [kSteps][kParts][kPairs][kWidth].
@@ -216,13 +218,14 @@ GRACE_SIMD_INLINE Words codes_of(Words words, int field) {
     const Words signed_codes = _mm512_xor_si512(words, _mm512_set1_epi32(0x80808080));
     const Words even = _mm512_srai_epi32(_mm512_slli_epi32(signed_codes, 24 - 8 * field), 24);
     const Words odd = _mm512_srai_epi32(_mm512_slli_epi32(signed_codes, 8 - 8 * field), 24);
-    return _mm512_or_si512(
-        _mm512_srli_epi32(_mm512_castps_si512(_mm512_cvtepi32_ps(even)), 16),
-        _mm512_castps_si512(_mm512_cvtepi32_ps(odd)));
+    return _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(_mm512_cvtepi32_ps(even)), 16),
+                           _mm512_castps_si512(_mm512_cvtepi32_ps(odd)));
   }
 }
 
-// One band of a tile, into operands [kStepsOfTile][kBands][16 rows][kPairs].
+using Decoded = uint32_t[kStepsOfTile][kBands * kOperand];  // a tile: operands of four bands
+
+// One band of a tile, to where it stands in the first step.
 template <int kBits>
 GRACE_SIMD_INLINE void decode_band(const uint32_t* words, uint32_t* operands) {
   for (int gid = 0; gid < kBand / 2; ++gid) {
@@ -271,17 +274,13 @@ class Registers {
   Registers& operator=(const Registers&) = delete;
 };
 
-// Two decoded tiles of the weight.
-using Tiles = uint32_t[2][kStepsOfTile][kBands * kOperand];
-
 // products[64 rows of the weight][kWidth] = weights of a chunk times that chunk of a slab. Tile
 // registers work beside the vector units, but only as far as a core looks ahead: `meanwhile(step)`
 // is called after each step for work on vectors.
 template <typename Cut, typename F>
-GRACE_SIMD_INLINE void multiply(const Tiles& tiles, int first, const uint32_t* chunk,
-                                float* products, const F& meanwhile) {
+GRACE_SIMD_INLINE void multiply(const Decoded* slots, int first, const uint32_t* x, float* products,
+                                const F& meanwhile) {
   constexpr int kRowBytes = 4 * kPairs, kBytes = 4 * Cut::kWidth, kPart = kPairs * Cut::kWidth;
-  const uint32_t* x = chunk;
   asm volatile("" ::: "memory");  // the compiler does not know what tile instructions read
   _tile_zero(0);
   _tile_zero(1);
@@ -289,7 +288,7 @@ GRACE_SIMD_INLINE void multiply(const Tiles& tiles, int first, const uint32_t* c
   _tile_zero(3);
 #pragma GCC unroll 4
   for (int step = 0; step < Cut::kSteps; ++step) {
-    const uint32_t* const operands = tiles[(first + step / kStepsOfTile) % 2][step % kStepsOfTile];
+    const uint32_t* const operands = slots[(first + step / kStepsOfTile) % 2][step % kStepsOfTile];
 #pragma GCC unroll 3
     for (int part = 0; part < Cut::kParts; ++part) {
       _tile_loadd(4, x, kBytes);
@@ -335,61 +334,80 @@ GRACE_SIMD_INLINE void add_band(const Pending& pending, int band) {
   }
 }
 
+// The part of it that goes with a step of the next multiplication.
+template <typename Cut>
+GRACE_SIMD_INLINE void add(const Pending& pending, int step) {
+  constexpr int kCount = kBands / Cut::kSteps;
+  if (pending.sums == nullptr) return;
+  for (int i = 0; i < kCount; ++i) add_band<Cut::kWidth>(pending, step * kCount + i);
+}
+
+// Decodes tiles in the order in which they lie, half a tile at a time.
+template <int kBits>
+class Decoder {
+ public:
+  Decoder(const uint32_t* begin, const uint32_t* end) : next_(begin), end_(end) {}
+
+  GRACE_SIMD_INLINE void decode(int half, Decoded* slot) {
+    if (next_ == end_) return;
+    for (int band = half * kBands / 2; band < (half + 1) * kBands / 2; ++band)
+      decode_band<kBits>(next_ + band * Layout<kBits>::kBandWords, (*slot)[0] + band * kOperand);
+    if (half == 1) next_ += Layout<kBits>::kTileWords;
+  }
+
+  const uint32_t* next() const { return next_; }
+
+ private:
+  const uint32_t* next_;
+  const uint32_t* end_;
+};
+
 // Rows of tiles [begin, end) times all slabs; `finish(row)` is called once sums[slabs][64][kWidth]
-// of a row are there. Three things go on at once: a chunk is multiplied, the products before are
-// scaled and added, and the next tile is decoded.
+// of a row are there. All at once, a chunk is multiplied, the products before are scaled and added,
+// the next tile is decoded, and the weights after it are fetched.
 template <typename Cut, typename F>
 GRACE_SIMD void multiply_rows(const Problem& p, const uint32_t* qweight, const Scales& scales,
                               int64_t begin, int64_t end, int64_t slabs, const uint32_t* x,
                               float* sums, const F& finish) {
-  using Layout = Layout<Cut::kBits>;
-  constexpr int kBandsAtOnce = kBands / Cut::kSteps;
-  alignas(64) Tiles tiles;
+  constexpr int kTileWords = Layout<Cut::kBits>::kTileWords;
+  constexpr int64_t kLines = Cut::kTiles * kTileWords / kLanes;  // of memory, in a chunk
+  alignas(64) Decoded slots[2];
   alignas(64) float products[2][Cut::kSums];
   Floats of_bands[2][kBands];
   const int64_t chunks = p.k_tiles / Cut::kTiles;
   const int64_t chunks_of_group = p.group_size / (Cut::kTiles * kTile);
-  const uint32_t* next = qweight + begin * p.k_tiles * Layout::kTileWords;  // to be decoded
-  const uint32_t* const last = qweight + end * p.k_tiles * Layout::kTileWords;
-  const auto decode_half = [&](int half, int slot) GRACE_SIMD {
-    for (int band = 2 * half; band < 2 * half + 2; ++band)
-      decode_band<Cut::kBits>(next + band * Layout::kBandWords, tiles[slot][0] + band * kOperand);
-    if (half == 1) next += Layout::kTileWords;
-  };
+  const int64_t lines_of_step = (kLines + slabs * Cut::kSteps - 1) / (slabs * Cut::kSteps);
+  Decoder<Cut::kBits> decoder(qweight + begin * p.k_tiles * kTileWords,
+                              qweight + end * p.k_tiles * kTileWords);
   Pending pending{};
-  const auto add = [&](int step) GRACE_SIMD {
-    for (int i = 0; i < kBandsAtOnce; ++i)
-      if (pending.sums != nullptr) add_band<Cut::kWidth>(pending, step * kBandsAtOnce + i);
-  };
-  int first = 0, side = 0;
-  // Memory is read all the time: each step asks for its part of what the next chunk decodes.
-  const int64_t lines = (Cut::kTiles * Layout::kTileWords / kLanes + Cut::kSteps * slabs - 1) / (Cut::kSteps * slabs);
-  decode_half(0, first);
-  decode_half(1, first);
+  int first = 0, side = 0;  // slot of a chunk's first tile; products that are written
+  for (int half = 0; half < 2; ++half) decoder.decode(half, slots);
   for (int64_t row = begin; row < end; ++row) {
     std::fill_n(sums, slabs * Cut::kSums, 0.0f);
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       Floats* const of_chunk = of_bands[chunk % 2];
       for (int band = 0; band < kBands; ++band)
         of_chunk[band] = load_scales(scales, chunk / chunks_of_group, row * kTile + band * kBand);
-      const uint32_t* fetched = next + Cut::kTiles * Layout::kTileWords;
+      const uint32_t* fetched = decoder.next() + Cut::kTiles * kTileWords;
       for (int64_t slab = 0; slab < slabs; ++slab) {
         const uint32_t* const chunk_of_x = x + (chunk * slabs + slab) * Cut::kChunk;
-        multiply<Cut>(tiles, first, chunk_of_x, products[side], [&](int step) GRACE_SIMD {
-          add(step);
+        multiply<Cut>(slots, first, chunk_of_x, products[side], [&](int step) GRACE_SIMD {
+          add<Cut>(pending, step);
           // May pass the end: a prefetch never faults.
-          for (int64_t line = 0; line < lines; ++line, fetched += kLanes) __builtin_prefetch(fetched);
-          // The next tile: for the other slabs too, or in the place of one that they have used.
+          for (int64_t line = 0; line < lines_of_step; ++line, fetched += kLanes)
+            __builtin_prefetch(fetched);
+          // A tile of this chunk is there before the other slabs need it; one of the next chunk
+          // takes the place of a tile that all slabs have used.
           const int tile = step / kStepsOfTile + 1;
-          const bool decodes = tile < Cut::kTiles ? slab == 0 : slab + 1 == slabs;
-          if (decodes && next != last) decode_half(step % kStepsOfTile, (first + tile) % 2);
+          if (tile < Cut::kTiles ? slab == 0 : slab + 1 == slabs)
+            decoder.decode(step % kStepsOfTile, slots + (first + tile) % 2);
         });
         pending = {of_chunk, products[side], sums + slab * Cut::kSums};
         side = 1 - side;
       }
       first = (first + Cut::kTiles) % 2;
     }
-    for (int step = 0; step < Cut::kSteps; ++step) add(step);
+    for (int step = 0; step < Cut::kSteps; ++step) add<Cut>(pending, step);
     pending = {};
     finish(row);
   }
@@ -413,8 +431,7 @@ GRACE_SIMD_INLINE void store(bf16* to, __mmask16 there, Floats x) {
   const Words half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
   const Words rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
   const auto nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-  _mm512_mask_cvtepi32_storeu_epi16(to, there,
-                                    _mm512_mask_set1_epi32(rounded, nan, 0x7fc0));
+  _mm512_mask_cvtepi32_storeu_epi16(to, there, _mm512_mask_set1_epi32(rounded, nan, 0x7fc0));
 }
 
 // out[rows][n]: the sums of a row of tiles, the bias, and the one rounding to T.
