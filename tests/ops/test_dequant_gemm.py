@@ -39,7 +39,8 @@ def runs(capability: str) -> bool:
     """Whether this CPU has it, by PyTorch's account."""
     if capability == "amx":
         return torch.cpu._is_amx_tile_supported()
-    return {"avx512": "AVX512", "avx2": "AVX"}[capability] in torch.backends.cpu.get_cpu_capability()
+    known = torch.backends.cpu.get_cpu_capability()  # AVX512, AVX2, …
+    return {"avx512": "AVX512", "avx2": "AVX"}[capability] in known
 
 
 CAPABILITIES = ("amx", "avx512", "avx2", "default")

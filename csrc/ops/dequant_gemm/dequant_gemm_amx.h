@@ -65,8 +65,7 @@ class Scratch {
   int64_t size_ = 0;
 };
 
-// x as the kernel takes it: megabytes, whose pages would be new at each call if they were given
-// back.
+// Where x is as the kernel takes it. Kept: it is megabytes, whose pages would be new at each call.
 inline Scratch& kept_scratch() {
   static thread_local Scratch scratch;
   return scratch;
@@ -175,7 +174,7 @@ GRACE_SIMD_INLINE Words top_halves(const Neighbours& x) {
 template <typename Cut>
 GRACE_SIMD void arrange(const typename Cut::T* x, int64_t rows, int64_t columns, int64_t stride,
                         uint32_t* chunk) {
-  constexpr int kPart = kPairs * Cut::kWidth, kHalf = 2 * kLanes, kRowsAhead = 4 * kHalf;
+  constexpr int kPart = kPairs * Cut::kWidth, kHalf = 2 * kLanes, kAhead = 4 * kHalf;
   constexpr auto kWide = static_cast<__mmask16>((1u << Cut::kWidth) - 1);
   for (int half = 0; half < 2 * Cut::kTiles; ++half) {
     const int64_t count = std::clamp<int64_t>(columns - half * kHalf, 0, kHalf);
@@ -185,7 +184,7 @@ GRACE_SIMD void arrange(const typename Cut::T* x, int64_t rows, int64_t columns,
     for (int part = 0; part < Cut::kParts; ++part) {
       Words pairs[kLanes] = {};
       for (int row = 0; row < Cut::kWidth && row < rows; ++row) {
-        __builtin_prefetch(from + row * stride + kRowsAhead);
+        __builtin_prefetch(from + row * stride + kAhead);  // may pass the end
         Neighbours rest = widen(from + row * stride, there);
         for (int i = 0; i < part; ++i) rest = {left_over(rest.low), left_over(rest.high)};
         pairs[row] = top_halves(rest);
@@ -207,7 +206,8 @@ GRACE_SIMD void arrange(const typename Cut::T* x, int64_t rows, int64_t columns,
 template <int kBits>
 GRACE_SIMD_INLINE Words codes_of(Words words, int field) {
   if constexpr (kBits == 4) {
-    // Looked up, 32 at once. The look-up takes five bits: both halves of the table are the same.
+    // 7 to -8, looked up 32 at once. The look-up takes five bits: both halves of the table are the
+    // same.
     const Words codes = _mm512_set_epi16(
         0x40e0, 0x40c0, 0x40a0, 0x4080, 0x4040, 0x4000, 0x3f80, 0, -0x4080, -0x4000, -0x3fc0,
         -0x3f80, -0x3f60, -0x3f40, -0x3f20, -0x3f00, 0x40e0, 0x40c0, 0x40a0, 0x4080, 0x4040, 0x4000,
@@ -281,13 +281,13 @@ template <typename Cut, typename F>
 GRACE_SIMD_INLINE void multiply(const Decoded* slots, int first, const uint32_t* x, float* products,
                                 const F& meanwhile) {
   constexpr int kRowBytes = 4 * kPairs, kBytes = 4 * Cut::kWidth, kPart = kPairs * Cut::kWidth;
-  asm volatile("" ::: "memory");  // the compiler does not know what tile instructions read
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
 #pragma GCC unroll 4
   for (int step = 0; step < Cut::kSteps; ++step) {
+    asm volatile("" ::: "memory");  // the compiler does not know what tile instructions read
     const uint32_t* const operands = slots[(first + step / kStepsOfTile) % 2][step % kStepsOfTile];
 #pragma GCC unroll 3
     for (int part = 0; part < Cut::kParts; ++part) {
