@@ -463,7 +463,7 @@ void run_rows(const Call<T>& call, const T* x, int64_t rows, uint32_t* arranged,
   using torch::stable::parallel_for;
   const Problem& p = call.problem;
   const int64_t slabs = (rows + Cut::kWidth - 1) / Cut::kWidth, chunks = p.k_tiles / Cut::kTiles;
-  parallel_for(0, slabs * chunks, 8, [&](int64_t begin, int64_t end) {
+  parallel_for(0, slabs * chunks, 32, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = i % slabs * Cut::kWidth, column = i / slabs * Cut::kTiles * kTile;
       arrange<Cut>(x + row * p.k + column, rows - row, p.k - column, p.k,
