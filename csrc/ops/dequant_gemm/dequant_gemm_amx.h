@@ -31,9 +31,7 @@ constexpr int kLanes = 16;  // words of a vector; rows and columns of a register
 constexpr int kPairs = 16;  // of neighbouring columns of K, in a step
 constexpr int kStepsOfTile = 2;
 constexpr int kBands = kTile / kBand;     // of a tile
-constexpr int kRowBytes = 64;             // of a register
-constexpr int kOperand = kBand * kPairs;  // words of a register
-constexpr int kSums = kTile * kLanes;     // of a slab
+constexpr int kOperand = kBand * kPairs;  // words of a register of weights
 constexpr int64_t kRowsAtOnce = 128;      // rows of x for which weights are decoded once
 
 // A process has tile registers only after it has asked for them.
@@ -108,15 +106,16 @@ constexpr int kParts = std::is_same_v<T, bf16>   ? 1
                        : std::is_same_v<T, fp16> ? 2
                                                  : 3;
 
-// How a call is cut, all that a kernel is compiled for. Rows of x go by slabs of 16, columns by
-// chunks of kTiles. A chunk of a slab is operands, in words [kSteps][kParts][kPairs][16 rows of x].
-template <int kBits_, typename T_, int kTiles_>
+// How a call is cut, all that a kernel is compiled for. Rows of x go by slabs of kWidth, columns by
+// chunks of kTiles. A chunk of a slab is operands, in words [kSteps][kParts][kPairs][kWidth].
+template <int kBits_, typename T_, int kWidth_, int kTiles_>
 struct Cut {
   using T = T_;
-  static constexpr int kBits = kBits_, kTiles = kTiles_;
+  static constexpr int kBits = kBits_, kWidth = kWidth_, kTiles = kTiles_;
   static constexpr int kParts = amx::kParts<T>;
   static constexpr int kSteps = kTiles * kStepsOfTile;
-  static constexpr int kChunk = kSteps * kParts * kOperand;  // words, of a slab
+  static constexpr int kChunk = kSteps * kParts * kPairs * kWidth;  // words, of a slab
+  static constexpr int kSums = kTile * kWidth;                      // of a slab
 };
 
 // Where columns 2 * pair and 2 * pair + 1 of a tile stand in its steps: step * kPairs + pair there.
@@ -175,15 +174,16 @@ GRACE_SIMD_INLINE Words top_halves(const Neighbours& x) {
 template <typename Cut>
 GRACE_SIMD void arrange(const typename Cut::T* x, int64_t rows, int64_t columns, int64_t stride,
                         uint32_t* chunk) {
-  constexpr int kHalf = 2 * kLanes, kAhead = 4 * kHalf;
+  constexpr int kPart = kPairs * Cut::kWidth, kHalf = 2 * kLanes, kAhead = 4 * kHalf;
+  constexpr auto kWide = static_cast<__mmask16>((1u << Cut::kWidth) - 1);
   for (int half = 0; half < 2 * Cut::kTiles; ++half) {
     const int64_t count = std::clamp<int64_t>(columns - half * kHalf, 0, kHalf);
     const auto there = static_cast<__mmask32>((uint64_t{1} << count) - 1);
     const auto* const from = x + (count > 0 ? half * kHalf : 0);
-    uint32_t* const tile = chunk + half / 2 * kStepsOfTile * Cut::kParts * kOperand;
+    uint32_t* const tile = chunk + half / 2 * kStepsOfTile * Cut::kParts * kPart;
     for (int part = 0; part < Cut::kParts; ++part) {
       Words pairs[kLanes] = {};
-      for (int row = 0; row < kLanes && row < rows; ++row) {
+      for (int row = 0; row < Cut::kWidth && row < rows; ++row) {
         __builtin_prefetch(from + row * stride + kAhead);  // may pass the end
         Neighbours rest = widen(from + row * stride, there);
         for (int i = 0; i < part; ++i) rest = {left_over(rest.low), left_over(rest.high)};
@@ -193,8 +193,8 @@ GRACE_SIMD void arrange(const typename Cut::T* x, int64_t rows, int64_t columns,
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) {
         const int place = place_of<Cut::kBits>(half % 2 * kLanes + i), step = place / kPairs;
-        uint32_t* const operand = tile + (step * Cut::kParts + part) * kOperand;
-        _mm512_store_si512(operand + place % kPairs * kLanes, pairs[i]);
+        uint32_t* const operand = tile + (step * Cut::kParts + part) * kPart;
+        _mm512_mask_storeu_epi32(operand + place % kPairs * Cut::kWidth, kWide, pairs[i]);
       }
     }
   }
@@ -254,17 +254,17 @@ GRACE_SIMD_INLINE Floats load_scales(const Scales& scales, int64_t group, int64_
 
 // --- products -----------------------------------------------------------------------------------
 
-// Tile registers of one thread: eight of 16 rows of 64 bytes.
+// Tile registers of one thread: five of sums and x, 16 x width words; three of weights, 16 x 16.
 class Registers {
  public:
-  GRACE_SIMD Registers() {
+  GRACE_SIMD explicit Registers(int width) {
     struct alignas(64) {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
       uint16_t row_bytes[16] = {};
       uint8_t rows[16] = {};
     } config;
     for (int i = 0; i < 8; ++i) {
-      config.row_bytes[i] = kRowBytes;
+      config.row_bytes[i] = static_cast<uint16_t>(4 * (i < 5 ? width : kPairs));
       config.rows[i] = kLanes;
     }
     asm volatile("ldtilecfg %0" ::"m"(config));
@@ -274,12 +274,13 @@ class Registers {
   Registers& operator=(const Registers&) = delete;
 };
 
-// products[64 rows of the weight][16 rows of x] = weights of a chunk times that chunk of a slab.
-// Tile registers work beside the vector units, but only as far as a core looks ahead:
-// `meanwhile(step)` is called after each step for work on vectors.
+// products[64 rows of the weight][kWidth] = weights of a chunk times that chunk of a slab. Tile
+// registers work beside the vector units, but only as far as a core looks ahead: `meanwhile(step)`
+// is called after each step for work on vectors.
 template <typename Cut, typename F>
 GRACE_SIMD_INLINE void multiply(const Decoded* slots, int first, const uint32_t* x, float* products,
                                 const F& meanwhile) {
+  constexpr int kRowBytes = 4 * kPairs, kBytes = 4 * Cut::kWidth, kPart = kPairs * Cut::kWidth;
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
@@ -290,7 +291,7 @@ GRACE_SIMD_INLINE void multiply(const Decoded* slots, int first, const uint32_t*
     const uint32_t* const operands = slots[(first + step / kStepsOfTile) % 2][step % kStepsOfTile];
 #pragma GCC unroll 3
     for (int part = 0; part < Cut::kParts; ++part) {
-      _tile_loadd(4, x, kRowBytes);
+      _tile_loadd(4, x, kBytes);
       _tile_loadd(5, operands, kRowBytes);
       _tile_dpbf16ps(0, 5, 4);
       _tile_loadd(6, operands + kOperand, kRowBytes);
@@ -299,33 +300,37 @@ GRACE_SIMD_INLINE void multiply(const Decoded* slots, int first, const uint32_t*
       _tile_dpbf16ps(2, 7, 4);
       _tile_loadd(5, operands + 3 * kOperand, kRowBytes);
       _tile_dpbf16ps(3, 5, 4);
-      x += kOperand;
+      x += kPart;
     }
     meanwhile(step);
   }
-  _tile_stored(0, products, kRowBytes);
-  _tile_stored(1, products + kOperand, kRowBytes);
-  _tile_stored(2, products + 2 * kOperand, kRowBytes);
-  _tile_stored(3, products + 3 * kOperand, kRowBytes);
+  _tile_stored(0, products, kBytes);
+  _tile_stored(1, products + kPart, kBytes);
+  _tile_stored(2, products + 2 * kPart, kBytes);
+  _tile_stored(3, products + 3 * kPart, kBytes);
 }
 
-// Products of a chunk that are still to be scaled and added: sums[64][16] += scales[64] * them.
+// Products of a chunk that are still to be scaled and added: sums[64][kWidth] += scales[64] * them.
 struct Pending {
   const Floats* scales;  // of the four bands
   const float* products;
   float* sums;
 };
 
+template <int kWidth>
 GRACE_SIMD_INLINE void add_band(const Pending& pending, int band) {
-  Words row = _mm512_setzero_si512();
-  float* const sums = pending.sums + band * kOperand;
-  const float* const products = pending.products + band * kOperand;
+  const Words lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  constexpr int kRows = kLanes / kWidth;  // of the weight, in a vector
+  Words row = _mm512_srli_epi32(lane, std::countr_zero(static_cast<unsigned>(kWidth)));
+  float* const sums = pending.sums + band * kLanes * kWidth;
+  const float* const products = pending.products + band * kLanes * kWidth;
 #pragma GCC unroll 16
-  for (int i = 0; i < kOperand; i += kLanes) {
+  for (int i = 0; i < kWidth; ++i) {
     const Floats scale = _mm512_permutexvar_ps(row, pending.scales[band]);
-    const Floats product = _mm512_load_ps(products + i);
-    _mm512_store_ps(sums + i, _mm512_fmadd_ps(scale, product, _mm512_load_ps(sums + i)));
-    row = _mm512_add_epi32(row, _mm512_set1_epi32(1));
+    const Floats product = _mm512_load_ps(products + i * kLanes);
+    const Floats sum = _mm512_load_ps(sums + i * kLanes);
+    _mm512_store_ps(sums + i * kLanes, _mm512_fmadd_ps(scale, product, sum));
+    row = _mm512_add_epi32(row, _mm512_set1_epi32(kRows));
   }
 }
 
@@ -334,7 +339,7 @@ template <typename Cut>
 GRACE_SIMD_INLINE void add(const Pending& pending, int step) {
   constexpr int kCount = kBands / Cut::kSteps;
   if (pending.sums == nullptr) return;
-  for (int i = 0; i < kCount; ++i) add_band(pending, step * kCount + i);
+  for (int i = 0; i < kCount; ++i) add_band<Cut::kWidth>(pending, step * kCount + i);
 }
 
 // Decodes tiles in the order in which they lie, half a tile at a time.
@@ -357,7 +362,7 @@ class Decoder {
   const uint32_t* end_;
 };
 
-// Rows of tiles [begin, end) times all slabs; `finish(row)` is called once sums[slabs][64][16]
+// Rows of tiles [begin, end) times all slabs; `finish(row)` is called once sums[slabs][64][kWidth]
 // of a row are there. All at once, a chunk is multiplied, the products before are scaled and added,
 // the next tile is decoded, and the weights after it are fetched.
 template <typename Cut, typename F>
@@ -367,7 +372,7 @@ GRACE_SIMD void multiply_rows(const Problem& p, const uint32_t* qweight, const S
   constexpr int kTileWords = Layout<Cut::kBits>::kTileWords;
   constexpr int64_t kLines = Cut::kTiles * kTileWords / kLanes;  // of memory, in a chunk
   alignas(64) Decoded slots[2];
-  alignas(64) float products[2][kSums];
+  alignas(64) float products[2][Cut::kSums];
   Floats of_bands[2][kBands];
   const int64_t chunks = p.k_tiles / Cut::kTiles;
   const int64_t chunks_of_group = p.group_size / (Cut::kTiles * kTile);
@@ -378,7 +383,7 @@ GRACE_SIMD void multiply_rows(const Problem& p, const uint32_t* qweight, const S
   int first = 0, side = 0;  // slot of a chunk's first tile; products that are written
   for (int half = 0; half < 2; ++half) decoder.decode(half, slots);
   for (int64_t row = begin; row < end; ++row) {
-    std::fill_n(sums, slabs * kSums, 0.0f);
+    std::fill_n(sums, slabs * Cut::kSums, 0.0f);
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       Floats* const of_chunk = of_bands[chunk % 2];
       for (int band = 0; band < kBands; ++band)
@@ -397,7 +402,7 @@ GRACE_SIMD void multiply_rows(const Problem& p, const uint32_t* qweight, const S
           if (tile < Cut::kTiles ? slab == 0 : slab + 1 == slabs)
             decoder.decode(step % kStepsOfTile, slots + (first + tile) % 2);
         });
-        pending = {of_chunk, products[side], sums + slab * kSums};
+        pending = {of_chunk, products[side], sums + slab * Cut::kSums};
         side = 1 - side;
       }
       first = (first + Cut::kTiles) % 2;
@@ -430,19 +435,21 @@ GRACE_SIMD_INLINE void store(bf16* to, __mmask16 there, Floats x) {
 }
 
 // out[rows][n]: the sums of a row of tiles, the bias, and the one rounding to T.
-template <typename T>
+template <int kWidth, typename T>
 GRACE_SIMD void finish(const float* sums, int64_t rows, int64_t first, int64_t n, const T* bias,
                        T* out) {
-  for (int64_t m = 0; m < rows; m += kLanes) {
+  constexpr auto kWide = static_cast<__mmask16>((1u << kWidth) - 1);
+  for (int64_t m = 0; m < rows; m += kWidth) {
     for (int64_t row = first; row < std::min(first + kTile, n); row += kLanes) {
       const auto there = static_cast<__mmask16>((1u << std::min<int64_t>(n - row, kLanes)) - 1);
-      const float* const band = sums + m * kTile + (row - first) * kLanes;
+      const float* const band = sums + m * kTile + (row - first) * kWidth;
       Words columns[kLanes];
 #pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) columns[i] = _mm512_load_si512(band + i * kLanes);
+      for (int i = 0; i < kLanes; ++i)
+        columns[i] = _mm512_maskz_loadu_epi32(kWide, band + i * kWidth);
       transpose(columns);
       const Floats added = bias ? widen(bias + row, there).low : _mm512_setzero_ps();
-      for (int i = 0; i < kLanes && m + i < rows; ++i) {
+      for (int i = 0; i < kWidth && m + i < rows; ++i) {
         const Floats sum = _mm512_add_ps(_mm512_castsi512_ps(columns[i]), added);
         store(out + (m + i) * n + row, there, sum);
       }
@@ -455,27 +462,29 @@ template <typename Cut, typename T = Cut::T>
 void run_rows(const Call<T>& call, const T* x, int64_t rows, uint32_t* arranged, T* out) {
   using torch::stable::parallel_for;
   const Problem& p = call.problem;
-  const int64_t slabs = (rows + kLanes - 1) / kLanes, chunks = p.k_tiles / Cut::kTiles;
+  const int64_t slabs = (rows + Cut::kWidth - 1) / Cut::kWidth, chunks = p.k_tiles / Cut::kTiles;
   parallel_for(0, slabs * chunks, 32, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t row = i % slabs * kLanes, column = i / slabs * Cut::kTiles * kTile;
+      const int64_t row = i % slabs * Cut::kWidth, column = i / slabs * Cut::kTiles * kTile;
       arrange<Cut>(x + row * p.k + column, rows - row, p.k - column, p.k,
                    arranged + i * Cut::kChunk);
     }
   });
   parallel_for(0, p.n_tiles, 1, [&](int64_t begin, int64_t end) {
-    const Registers registers;
-    Scratch sums(slabs * kSums);
-    multiply_rows<Cut>(
-        p, call.qweight, call.scales, begin, end, slabs, arranged, sums.floats(),
-        [&](int64_t tile) { finish(sums.floats(), rows, tile * kTile, p.n, call.bias, out); });
+    const Registers registers(Cut::kWidth);
+    Scratch sums(slabs * Cut::kSums);
+    multiply_rows<Cut>(p, call.qweight, call.scales, begin, end, slabs, arranged, sums.floats(),
+                       [&](int64_t tile) {
+                         finish<Cut::kWidth>(sums.floats(), rows, tile * kTile, p.n, call.bias,
+                                             out);
+                       });
   });
 }
 
 template <typename Cut, typename T = Cut::T>
 void run_cut(const Call<T>& call) {
   const Problem& p = call.problem;
-  const int64_t slabs = (std::min(p.m, kRowsAtOnce) + kLanes - 1) / kLanes;
+  const int64_t slabs = (std::min(p.m, kRowsAtOnce) + Cut::kWidth - 1) / Cut::kWidth;
   Scratch& arranged = kept_scratch();
   arranged.reserve(slabs * (p.k_tiles / Cut::kTiles) * Cut::kChunk);
   for (int64_t m = 0; m < p.m; m += kRowsAtOnce)
@@ -485,8 +494,12 @@ void run_cut(const Call<T>& call) {
 
 template <int kBits, typename T>
 void run(const Call<T>& call) {
-  if (call.problem.group_size / kTile % 2 == 0) return run_cut<Cut<kBits, T, 2>>(call);
-  run_cut<Cut<kBits, T, 1>>(call);
+  constexpr int kFew = 4;
+  const bool few = call.problem.m <= kFew, pairs = call.problem.group_size / kTile % 2 == 0;
+  if (few && pairs) return run_cut<Cut<kBits, T, kFew, 2>>(call);
+  if (few) return run_cut<Cut<kBits, T, kFew, 1>>(call);
+  if (pairs) return run_cut<Cut<kBits, T, kLanes, 2>>(call);
+  run_cut<Cut<kBits, T, kLanes, 1>>(call);
 }
 
 }  // namespace grace::dequant_gemm::amx
