@@ -494,7 +494,7 @@ void run_cut(const Call<T>& call) {
 
 template <int kBits, typename T>
 void run(const Call<T>& call) {
-  constexpr int kFew = 4;
+  constexpr int kFew = 4;  // less to add: then memory alone should set the pace
   const bool few = call.problem.m <= kFew, pairs = call.problem.group_size / kTile % 2 == 0;
   if (few && pairs) return run_cut<Cut<kBits, T, kFew, 2>>(call);
   if (few) return run_cut<Cut<kBits, T, kFew, 1>>(call);
