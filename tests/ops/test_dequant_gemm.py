@@ -35,7 +35,15 @@ class Path:
         return self.kernels.dequant_gemm(*self.kernels.put(*arguments)).cpu()
 
 
-CAPABILITIES = {"avx512": "AVX512", "avx2": "AVX", "portable": ""}  # and what PyTorch calls them
+def runs(capability: str) -> bool:
+    """Whether this CPU has it, by PyTorch's account."""
+    if capability == "amx":
+        return torch.cpu._is_amx_tile_supported()
+    known = torch.backends.cpu.get_cpu_capability()  # AVX512, AVX2, …
+    return {"avx512": "AVX512", "avx2": "AVX"}[capability] in known
+
+
+CAPABILITIES = ("amx", "avx512", "avx2", "default")
 
 
 @pytest.fixture(
@@ -49,10 +57,9 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Pat
         if not torch.cuda.is_available():
             pytest.skip("no GPU")
         return Path(Kernels("grace", "cuda"), HALVES)
-    if CAPABILITIES[request.param] not in torch.backends.cpu.get_cpu_capability():
+    if request.param != "default" and not runs(request.param):
         pytest.skip(f"this CPU has no {request.param}")
-    allowed = "default" if request.param == "portable" else request.param
-    monkeypatch.setenv("GRACE_CPU_CAPABILITY", allowed)
+    monkeypatch.setenv("GRACE_CPU_CAPABILITY", request.param)
     return Path(Kernels("grace", "cpu"), [torch.float32, *HALVES])
 
 
@@ -95,7 +102,7 @@ def through_op(arguments: tuple[Any, ...]) -> Tensor:
 # --- numbers -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 17, 40, 70])
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 17, 40, 150])
 @pytest.mark.parametrize("group_size", [16, 32, 64, 128, -1])
 @pytest.mark.parametrize("bits", BITS)
 def test_is_accurate(path: Path, bits, group_size, m):
@@ -103,10 +110,18 @@ def test_is_accurate(path: Path, bits, group_size, m):
         check(path, make_case(m, n=72, k=256, bits=bits, group_size=group_size, dtype=dtype))
 
 
+@pytest.mark.parametrize("m", [3, 21])
+@pytest.mark.parametrize("k", [1, 60, 64, 130, 300])
+@pytest.mark.parametrize("bits", BITS)
+def test_one_group_ends_anywhere(path: Path, bits, k, m):
+    for dtype in path.dtypes:
+        check(path, make_case(m, n=130, k=k, bits=bits, group_size=-1, dtype=dtype))
+
+
 @settings(max_examples=30, deadline=None, suppress_health_check=ANY_FIXTURE)
 @given(data=st.data())
 def test_any_shape(path: Path, data):
-    group_size = data.draw(st.integers(1, 80) | st.sampled_from([16, 32, 48, 64, 128]))
+    group_size = data.draw(st.integers(1, 80) | st.sampled_from([16, 32, 48, 64, 128, 192]))
     groups = data.draw(st.integers(1, 4))
     one_group = data.draw(st.booleans())
     check(
@@ -160,7 +175,7 @@ def test_float64_is_the_reference():
 # --- properties ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("group_size", [32, 24])
+@pytest.mark.parametrize("group_size", [64, 32, 24])
 @pytest.mark.parametrize("m", [2, 9, 70])
 def test_a_row_does_not_depend_on_the_others(path: Path, m, group_size):
     x, *rest = make_case(m, k=192, group_size=group_size)
@@ -171,19 +186,45 @@ def test_a_row_does_not_depend_on_the_others(path: Path, m, group_size):
         assert torch.equal(path(others, *rest)[row], expected[row])
 
 
+@pytest.mark.parametrize("group_size", [32, 64])
 @pytest.mark.parametrize("bits", BITS)
-def test_a_row_on_a_cpu_does_not_depend_on_their_number(path: Path, bits):
+def test_a_row_on_a_cpu_does_not_depend_on_their_number(path: Path, bits, group_size):
     if path.kernels.cuda_kernels:
         pytest.skip("holds within one CUDA kernel")
-    x, *rest = make_case(70, n=72, k=320, bits=bits)
-    expected = path(x, *rest)
-    for rows in (1, 2, 3, 4, 5, 8, 9, 13, 64, 65):
-        assert torch.equal(path(x[:rows], *rest), expected[:rows])
+    for dtype in path.dtypes:
+        x, *rest = make_case(130, n=72, k=320, bits=bits, group_size=group_size, dtype=dtype)
+        expected = path(x, *rest)
+        for rows in (1, 2, 3, 4, 5, 8, 9, 13, 64, 65, 129):
+            assert torch.equal(path(x[:rows], *rest), expected[:rows])
 
 
+@pytest.mark.parametrize("number_of_threads", [1, 2, 3])
+def test_threads_do_not_change_a_result(path: Path, number_of_threads):
+    arguments = make_case(m=20, n=300, k=256, group_size=128)
+    expected, before = path(*arguments), torch.get_num_threads()
+    torch.set_num_threads(number_of_threads)
+    try:
+        assert torch.equal(path(*arguments), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 3e4, 1e-4])
+@pytest.mark.parametrize("group_size", [32, 64])
+def test_extreme_values_of_x(path: Path, group_size, value):
+    """What is not finite stays what it is, beside values that are."""
+    for dtype in path.dtypes:
+        x, qweight, scales, _, *rest = make_case(m=6, k=128, group_size=group_size, dtype=dtype)
+        codes = torch.full((70, 128), 3, dtype=torch.int8)
+        qweight, scales = pack(codes, torch.full((70, 128 // group_size), 0.25), 4)
+        x[2, 5] = value
+        check(path, (x, qweight, scales, None, *rest))
+
+
+@pytest.mark.parametrize("group_size", [32, 64])
 @pytest.mark.parametrize("bits", BITS)
-def test_repeats_bitwise(path: Path, bits):
-    arguments = make_case(m=33, n=200, k=320, bits=bits)
+def test_repeats_bitwise(path: Path, bits, group_size):
+    arguments = make_case(m=33, n=200, k=320, bits=bits, group_size=group_size)
     assert torch.equal(path(*arguments), path(*arguments))
 
 
@@ -236,7 +277,7 @@ def test_compiles_once_for_all_batch_sizes():
 
 def test_capability_is_checked(monkeypatch):
     monkeypatch.setenv("GRACE_CPU_CAPABILITY", "avx3")
-    with pytest.raises(RuntimeError, match=r"must be default, avx2 or avx512, got avx3"):
+    with pytest.raises(RuntimeError, match=r"must be default, avx2, avx512 or amx, got avx3"):
         through_op(make_case())
 
 

@@ -14,6 +14,10 @@
 #endif
 #include "ops/dequant_gemm/dequant_gemm_avx2.h"
 #include "ops/dequant_gemm/dequant_gemm_avx512.h"
+#if defined(__linux__)
+#define GRACE_AMX
+#include "ops/dequant_gemm/dequant_gemm_amx.h"
+#endif
 #endif
 
 namespace grace::dequant_gemm {
@@ -90,15 +94,16 @@ void run_portable(const Call<T>& call) {
 
 // --- choice -------------------------------------------------------------------------------------
 
-enum class Capability { kPortable, kAvx2, kAvx512 };
+enum class Capability { kPortable, kAvx2, kAvx512, kAmx };
 
 // The most that GRACE_CPU_CAPABILITY allows, as ATEN_CPU_CAPABILITY does in PyTorch.
 Capability allowed() {
   const char* const asked = std::getenv("GRACE_CPU_CAPABILITY");
-  if (asked == nullptr || std::string_view(asked) == "avx512") return Capability::kAvx512;
+  if (asked == nullptr || std::string_view(asked) == "amx") return Capability::kAmx;
+  if (std::string_view(asked) == "avx512") return Capability::kAvx512;
   if (std::string_view(asked) == "avx2") return Capability::kAvx2;
   STD_TORCH_CHECK(std::string_view(asked) == "default",
-                  "GRACE_CPU_CAPABILITY must be default, avx2 or avx512, got ", asked);
+                  "GRACE_CPU_CAPABILITY must be default, avx2, avx512 or amx, got ", asked);
   return Capability::kPortable;
 }
 
@@ -106,6 +111,11 @@ struct Run {
   template <int kBits, typename T>
   void operator()(const Call<T>& call) const {
     const Capability capability = allowed();
+#if defined(GRACE_AMX)
+    static const bool has_amx = amx::supported();
+    if (has_amx && capability >= Capability::kAmx && amx::takes(call.problem))
+      return amx::run<kBits>(call);
+#endif
 #if defined(__x86_64__)
     static const bool has_avx512 = avx512::supported(), has_avx2 = avx2::supported();
     if (call.problem.whole_blocks()) {

@@ -12,7 +12,7 @@
 
 constexpr int kStrip = 16;
 constexpr int kRunsOfStrip = kStrip / kLanes;
-constexpr int kTilesAtOnce = 4;  // a band of so many tiles is dequantized into the L1 cache
+constexpr int kTilesAtOnce = 8;  // a band of so many tiles is dequantized into the L1 cache
 
 template <int kBits>
 constexpr int kVectors = 16 / kBits;  // of a row, from a run
@@ -232,7 +232,8 @@ GRACE_SIMD void finish(const float* sums, int64_t rows, int64_t first, int64_t n
 template <int kBits, typename T>
 void run(const Call<T>& call) {
   const Problem& p = call.problem;
-  const int64_t stride = p.k_tiles * kTile;
+  // Rows a power of two apart would share a few lines of the cache.
+  const int64_t stride = p.k_tiles * kTile + kStrip;
   Buffer permuted(std::min(p.m, kRowsOfX) * stride);
   for (int64_t m = 0; m < p.m; m += kRowsOfX) {
     const Activations x{permuted.data(), std::min(kRowsOfX, p.m - m), stride};
