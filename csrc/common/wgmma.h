@@ -80,7 +80,10 @@ struct Wgmma;
 #define GRACE_D3(i) GRACE_D1(i), GRACE_D1(i + 16)
 #define GRACE_D5(i) GRACE_D3(i), GRACE_D1(i + 32)
 #define GRACE_D7(i) GRACE_D3(i), GRACE_D3(i + 32)
+#define GRACE_D9(i) GRACE_D7(i), GRACE_D1(i + 64)
+#define GRACE_D10(i) GRACE_D9(i), GRACE_D0(i + 80)
 #define GRACE_D11(i) GRACE_D7(i), GRACE_D3(i + 64)
+#define GRACE_D13(i) GRACE_D11(i), GRACE_D1(i + 96)
 #define GRACE_D15(i) GRACE_D7(i), GRACE_D7(i + 64)
 // clang-format on
 
@@ -100,12 +103,14 @@ struct Wgmma;
 #define GRACE_WGMMAS(N, LAST, A, DESC)        \
   GRACE_WGMMA(bf16, "bf16", N, LAST, A, DESC) \
   GRACE_WGMMA(fp16, "f16", N, LAST, A, DESC)
-GRACE_WGMMAS(16, 0, "%8, %9, %10, %11", "%12")
 GRACE_WGMMAS(32, 1, "%16, %17, %18, %19", "%20")
 GRACE_WGMMAS(64, 3, "%32, %33, %34, %35", "%36")
 GRACE_WGMMAS(96, 5, "%48, %49, %50, %51", "%52")
 GRACE_WGMMAS(128, 7, "%64, %65, %66, %67", "%68")
+GRACE_WGMMAS(160, 9, "%80, %81, %82, %83", "%84")
+GRACE_WGMMAS(176, 10, "%88, %89, %90, %91", "%92")
 GRACE_WGMMAS(192, 11, "%96, %97, %98, %99", "%100")
+GRACE_WGMMAS(224, 13, "%112, %113, %114, %115", "%116")
 GRACE_WGMMAS(256, 15, "%128, %129, %130, %131", "%132")
 #undef GRACE_WGMMAS
 #undef GRACE_WGMMA

@@ -259,7 +259,7 @@ def _(
 PLANS = Path(__file__).with_name("dequant_gemm_plans")  # one file of measured rows a GPU
 _ROW = ("bits", "n", "k", "m", "plan")
 # A plan's number is 1000 · family + variant (csrc/ops/dequant_gemm/plans.h).
-_FAMILIES, _FAMILY, _VARIANTS = 4, 1000, 128
+_FAMILIES, _FAMILY, _VARIANTS = 4, 1000, 160
 NUMBERS = [_FAMILY * family + i for family in range(_FAMILIES) for i in range(_VARIANTS)]
 
 # Not ops: questions to the compiled library.

@@ -74,13 +74,13 @@ def test_the_table_is_json_with_a_line_a_row():
 
 
 def test_a_layer_gets_the_fastest_of_the_right_plans(monkeypatch):
-    seconds = {100: 3e-5, 200: 1e-5, 201: 2e-5, 300: 0.5e-5}
+    seconds = {1000: 3e-5, 2000: 1e-5, 2001: 2e-5, 3000: 0.5e-5}
 
     def op(x, weight, scales, *, plan, **shape):
-        if plan == 201:
+        if plan == 2001:
             raise RuntimeError("dequant_gemm: no such launch")
         right = real(x, weight, scales, **shape)
-        return right * 2 if plan == 300 else right
+        return right * 2 if plan == 3000 else right
 
     real = tune_dequant_gemm.dequant_gemm
     monkeypatch.setattr(tune_dequant_gemm, "dequant_gemm", op)
@@ -90,7 +90,7 @@ def test_a_layer_gets_the_fastest_of_the_right_plans(monkeypatch):
         tune_dequant_gemm, "graph_timer", lambda side, sets: lambda: seconds[side.args[0]]
     )
     finding = tune(RandomLayer(torch.device("cpu"), Shape(64, 256)), m=3)
-    assert finding.best == (200, 1e-5)
-    assert set(finding.faults) == {201, 300}
+    assert finding.best == (2000, 1e-5)
+    assert set(finding.faults) == {2001, 3000}
     assert finding.candidates == 4
-    assert finding.rows()[0]["plan"] == 200
+    assert finding.rows()[0]["plan"] == 2000

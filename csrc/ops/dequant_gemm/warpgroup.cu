@@ -478,7 +478,8 @@ using Multiplier = std::conditional_t<K::S::kWgmma, WgmmaMultiplier<K>, MmaMulti
 template <typename S, typename T>
 class Writer {
  public:
-  static constexpr int kLeaving = std::min(S::kSums * 2, 32);
+  static constexpr int kLeaving = S::kTokens % 32 == 0 ? 32 : 16;
+  static_assert(S::kSums * 2 % kLeaving == 0);
   static constexpr int kBufferBytes = 32 * kBand * 2;
 
   __device__ __forceinline__ Writer(const Call<T>& call, uint32_t buffers)
@@ -746,28 +747,34 @@ bool with_variant(int variant, F&& f) {
     case 4:
       return f(Shape<16, 3>{}, cluster);
     case 5:
-      return f(Shape<16, 4>{}, cluster);
-    case 6:
       return f(Shape<32, 2>{}, cluster);
-    case 7:
+    case 6:
       return f(Shape<32, 3>{}, cluster);
-    case 8:
+    case 7:
       return f(Shape<64, 2>{}, cluster);
-    case 9:
+    case 8:
       return f(Shape<64, 3>{}, cluster);
+    case 9:
+      return f(Shape<96, 3>{}, cluster);
     case 10:
       return f(Shape<128, 2>{}, cluster);
     case 11:
       return f(Shape<128, 3>{}, cluster);
     case 12:
-      return f(Shape<192, 2>{}, cluster);
+      return f(Shape<160, 2>{}, cluster);
     case 13:
+      return f(Shape<176, 2>{}, cluster);
+    case 14:
+      return f(Shape<192, 2>{}, cluster);
+    case 15:
+      return f(Shape<224, 2>{}, cluster);
+    case 16:
       return f(Shape<256, 2>{}, cluster);
     default:
       return false;
   }
 }
-constexpr int kVariants = 14 * 8;
+constexpr int kVariants = 17 * 8;
 
 // Of shared memory, beside the stages: alignment, barriers, and where sums meet or leave from.
 template <typename S>
