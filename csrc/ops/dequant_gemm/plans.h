@@ -16,7 +16,7 @@ enum class Family {
   kAnyGroup = 0,   // dequant_gemm.cu: any call, slowly
   kPortable = 1,   // dequant_gemm.cu: mma.sync, x by tiles through shared memory
   kDecode = 2,     // decode.cu: few rows of x, which stay in shared memory; mma.sync
-  kWarpgroup = 3,  // warpgroup.cu: many rows of x, a ring of stages; wgmma, sm_90a
+  kWarpgroup = 3,  // warpgroup.h: a ring of stages; wgmma, sm_90a
 };
 
 struct Plan {

@@ -1,4 +1,5 @@
-// dequant_gemm with weights and x by way of a ring of stages, sm_90a.
+// dequant_gemm with weights and x by way of a ring of stages, sm_90a. warpgroup_w4.cu and
+// warpgroup_w8.cu compile it, side by side.
 //
 // A block computes 64 rows of the weight for each of its warpgroups, times `kTokens` rows of x. The
 // weight is operand A: a lane's codes become its registers of A, each code times its scale rounded
@@ -8,6 +9,8 @@
 //
 // Where there are fewer tiles of output than multiprocessors, a cluster of blocks splits K and adds
 // up in one order. The order of every sum depends on the variant and on K alone.
+#pragma once
+
 #include "ops/dequant_gemm/plans.h"
 
 #if defined(GRACE_WITH_SM90A) && !defined(GRACE_EMULATE)
@@ -774,7 +777,7 @@ bool with_variant(int variant, F&& f) {
       return false;
   }
 }
-constexpr int kVariants = 17 * 8;
+constexpr int kWarpgroupVariants = 17 * 8;
 
 // Of shared memory, beside the stages: alignment, barriers, and where sums meet or leave from.
 template <typename S>
@@ -873,8 +876,6 @@ bool with_kind(const Call<T>& call, F&& f) {
 
 }  // namespace
 
-int warpgroup_variants() { return kVariants; }
-
 template <int kBits, typename T>
 bool warpgroup_runs(const Call<T>& call, int variant, int device) {
   return with_variant(variant, [&](auto shape, int cluster) {
@@ -899,7 +900,7 @@ void warpgroup(const Call<T>& call, int variant, int device) {
 
 namespace grace::dequant_gemm {
 
-int warpgroup_variants() { return 0; }
+constexpr int kWarpgroupVariants = 0;
 
 template <int kBits, typename T>
 bool warpgroup_runs(const Call<T>&, int, int) {
@@ -912,16 +913,3 @@ void warpgroup(const Call<T>&, int, int) {}
 }  // namespace grace::dequant_gemm
 
 #endif
-
-namespace grace::dequant_gemm {
-
-#define GRACE_INSTANTIATE(bits, T)                              \
-  template bool warpgroup_runs<bits>(const Call<T>&, int, int); \
-  template void warpgroup<bits>(const Call<T>&, int, int);
-GRACE_INSTANTIATE(4, bf16)
-GRACE_INSTANTIATE(4, fp16)
-GRACE_INSTANTIATE(8, bf16)
-GRACE_INSTANTIATE(8, fp16)
-#undef GRACE_INSTANTIATE
-
-}  // namespace grace::dequant_gemm
