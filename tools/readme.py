@@ -14,6 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import plot_dequant_gemm  # noqa: E402
 from benchmarks.results import table as benchmark_table  # noqa: E402
 from grace.study.report import footnotes, read_study, table  # noqa: E402
 
@@ -31,18 +32,49 @@ def quickstart() -> str:
     return "\n".join([*shown, "", *notes, chart])
 
 
+CPU_ROWS = (1, 4, 16, 64, 256, 1024)
+
+
 def dequant_gemm() -> str:
-    """The CPU results of dequant_gemm, with the machine they come from."""
+    """The results of dequant_gemm: means over layers of each GPU, one layer of each CPU."""
+    results = sorted((ROOT / "benchmarks/results").glob("*/dequant_gemm.json"))
     parts = []
-    for path in sorted((ROOT / "benchmarks/results").glob("cpu-*/dequant_gemm.json")):
+    for path in results:
         content = json.loads(path.read_text())
         facts = content["environment"]
-        head = (
-            f"`dequant_gemm`, W4, group 128, µs (medians), {facts['device']}, "
-            f"threads: {facts['threads']}, torch {facts['torch']}:"
-        )
-        parts += [head, "", benchmark_table(content)]
-    return "\n".join(parts)
+        if facts["device"].startswith("cpu-"):
+            parts += [cpu_results(content, facts), ""]
+        else:
+            parts = [gpu_results(content, facts), "", *parts]
+    return "\n".join(parts[:-1])
+
+
+def gpu_results(content: dict, facts: dict) -> str:
+    """Geometric means by size of layer, and the chart."""
+    points = plot_dequant_gemm.points(content, {})
+    chart = f"docs/ops/dequant_gemm_{facts['device']}.png"
+    head = (
+        f"`dequant_gemm` on {facts['device'].upper()}, W4, group 128, bfloat16, torch "
+        f"{facts['torch']}, weights not in a cache: speed-up (geometric means over layers) by rows "
+        "of x. Peers are Marlin, Machete, PyTorch's tinygemm, humming-kernels and gemlite in the "
+        "same run; [by layer](docs/ops/dequant_gemm.md#measured), with the targets."
+    )
+    image = f"![Speed-up and share of the floor]({chart})"
+    return "\n\n".join([head, plot_dequant_gemm.summary(points), image])
+
+
+def cpu_results(content: dict, facts: dict) -> str:
+    """One layer, with the machine."""
+    head = (
+        f"`dequant_gemm` on a CPU, W4, group 128, µs (medians), {facts['device']}, "
+        f"threads: {facts['threads']}, torch {facts['torch']}:"
+    )
+    rows = [
+        row
+        for row in content["rows"]
+        if row["size"]["N"] == row["size"]["K"] and row["size"]["M"] in CPU_ROWS
+    ]
+    return f"{head}\n\n{benchmark_table({**content, 'rows': rows})}"
 
 
 def filled(text: str) -> str:

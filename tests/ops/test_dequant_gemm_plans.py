@@ -132,8 +132,9 @@ def check_every_plan(kernels: Kernels, call: Call) -> int:
 
 # --- dequantization, exhaustively ----------------------------------------------------------------
 
-# From here on the warpgroup kernels round a bfloat16 weight once. Below, the weight or the offset of
-# its code, held times 2^-30, may be less than the smallest normal number, 2^-126, and taken for zero.
+# From here on the warpgroup kernels round a bfloat16 weight once. Below, the weight or the offset
+# of its code, held times 2^-30, may be less than the smallest normal number, 2^-126, and taken for
+# zero.
 ROUNDED_ONCE_ABOVE = 2.0**-90
 TAKEN_FOR_ZERO = 2.0**-126 * 2.0**30
 
