@@ -1,8 +1,8 @@
 """``python -m benchmarks.tune_dequant_gemm``: measures which plan of dequant_gemm is the fastest.
 
 For every layer and number of rows, each plan that runs the call is checked against the exact
-result and timed by graph replay over weights that no cache holds: the best of three, and again in turn with
-the others if it was within 20 % of the fastest. The fastest plans become the rows of
+result and timed by graph replay over weights that no cache holds: the best of three, and again in
+turn with the others if it was within 20 % of the fastest. The fastest plans become the rows of
 ``grace/ops/dequant_gemm_plans/<device>.json``, from which the op chooses. A row holds for up to
 ``m`` rows of x; the last one of a layer for any more.
 """
