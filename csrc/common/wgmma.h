@@ -5,8 +5,8 @@
 // d has N / 8 fragments of m16n8 a warp, each d[0..3] of mma.h. The product runs on while the warps
 // go on:
 //
-//   fence_operands(...); wgmma_fence(); wgmma<T, N>(d, a, b, ...) ...; wgmma_commit();
-//   wgmma_wait(); fence_operands(...);
+//   wgmma_fence(); wgmma<T, N>(d, a, b) ...; wgmma_commit();
+//   wgmma_wait(); fence_operands(d);
 //
 // and between fence and wait neither d nor a is touched.
 #pragma once
@@ -24,11 +24,6 @@ template <int kCount>
 __device__ __forceinline__ void fence_operands(float (&v)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(v[i])::"memory");
-}
-template <int kCount>
-__device__ __forceinline__ void fence_operands(uint32_t (&v)[kCount]) {
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(v[i])::"memory");
 }
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)

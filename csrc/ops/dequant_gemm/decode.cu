@@ -31,8 +31,7 @@ __device__ __forceinline__ uint4 load_fragments(const unsigned char* chunk) {
 // the eight rows of a fragment are read without conflicts.
 GRACE_HOST_DEVICE constexpr int row_bytes(int tiles) { return tiles * kTile * 2 + 16; }
 
-// --- x into shared memory
-// --------------------------------------------------------------------------
+// --- x into shared memory ------------------------------------------------------------------------
 
 // The block's tiles of K, zeros beyond k. K is a multiple of 8.
 template <int kThreads, typename T>
@@ -100,8 +99,7 @@ __device__ __forceinline__ void multiply_tile(const Slot<kBits, S::kBands, kGrou
   }
 }
 
-// --- the kernel
-// -------------------------------------------------------------------------------------
+// --- the kernel ----------------------------------------------------------------------------------
 
 template <int kBits, typename S, int kGroups, typename T>
 __global__ void __launch_bounds__(S::kThreads, S::kBlocksPerSm)
@@ -176,8 +174,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocksPerSm)
   if (walk.cluster > 1) cluster_barrier(walk.cluster);  // nobody writes to a block that has left
 }
 
-// --- variants
-// ---------------------------------------------------------------------------------------
+// --- variants ------------------------------------------------------------------------------------
 
 using Few = Shape<1, 1, 16, 8>;      // up to 8 rows of x
 using FewPairs = Shape<1, 2, 8, 8>;  // two bands at once: half the reads of x

@@ -67,8 +67,7 @@ __device__ __forceinline__ void copies_done() {
 #endif
 }
 
-// --- sizes
-// ----------------------------------------------------------------------------------------
+// --- sizes ---------------------------------------------------------------------------------------
 
 template <int kTiles_, int kBands_, int kWarps_, int kAhead_, int kBlocksPerSm_ = 1,
           int kSliceWarps_ = 1>
@@ -176,8 +175,7 @@ class Loader {
   const uint16_t* scales_ = nullptr;
 };
 
-// --- arithmetic
-// ------------------------------------------------------------------------------------
+// --- arithmetic ----------------------------------------------------------------------------------
 
 // With x in bf16 scales are bf16 (`fits`); with fp16 they are either.
 template <typename T>
@@ -192,8 +190,7 @@ struct Accumulators {
   float v[kTiles][4] = {};
 };
 
-// --- the end of a band: sums of all warps, and of all blocks of a cluster
-// ---------------------------
+// --- the end of a band: sums of all warps, and of all blocks of a cluster ------------------------
 
 // Part p of the sums (a band and 8 rows of x) is added up in block p % cluster of the cluster, by
 // one warp of the team there. Places for them are there twice, for turns to overlap:
@@ -324,8 +321,7 @@ __device__ __noinline__ void finish_parts(const Call<T>& call, const Walk& walk,
   }
 }
 
-// --- the host's side
-// ---------------------------------------------------------------------------------
+// --- the host's side -----------------------------------------------------------------------------
 
 // How the warps of a block and the blocks of a cluster split K.
 struct Split {

@@ -71,7 +71,11 @@ template <typename T>
 bool readable(const Call<T>& call) {
   const Problem& p = call.problem;
   const bool groups = p.group_size % kTile == 0 || (p.group_size == kTile / 2 && p.k % kTile == 0);
-  const bool aligned = p.k % 8 == 0 && reinterpret_cast<uintptr_t>(call.x) % 16 == 0;
+  const auto aligned16 = [](const void* data) {
+    return reinterpret_cast<uintptr_t>(data) % 16 == 0;
+  };
+  const bool aligned =
+      p.k % 8 == 0 && aligned16(call.x) && aligned16(call.qweight) && aligned16(call.scales.data);
   const bool scales = !call.scales.is_float && (call.scales.is_bf16 || std::is_same_v<T, fp16>);
   return groups && aligned && scales && p.k_tiles < 1 << 16 && p.n_tiles < 1 << 24;
 }

@@ -139,8 +139,7 @@ class Ring {
   int parity_ = 0;
 };
 
-// --- the warp that copies
-// -------------------------------------------------------------------------
+// --- the warp that copies ------------------------------------------------------------------------
 
 template <typename K>
 class Copier {
@@ -224,8 +223,7 @@ class Copier {
   const int first_, last_, bytes_;
 };
 
-// --- the warps that multiply
-// ----------------------------------------------------------------------
+// --- the warps that multiply ---------------------------------------------------------------------
 
 __device__ __forceinline__ void read_shared(uint32_t from, uint32_t (&v)[4]) {
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -472,8 +470,7 @@ class MmaMultiplier {
 template <typename K>
 using Multiplier = std::conditional_t<K::S::kWgmma, WgmmaMultiplier<K>, MmaMultiplier<K>>;
 
-// --- the end of a tile of output
-// ------------------------------------------------------------------
+// --- the end of a tile of output -----------------------------------------------------------------
 
 // Writes a warp's 16 rows of the weight's output, `kLeaving` rows of x at a time: bias, SwiGLU,
 // residual and the one rounding as the sums lie, then turned round in a buffer of the warp's own,
@@ -599,8 +596,7 @@ class Writer {
   const uint32_t buffer_;
 };
 
-// --- where the blocks of a cluster add up
-// ---------------------------------------------------------
+// --- where the blocks of a cluster add up --------------------------------------------------------
 
 // Fragment f of the block is added up in block f % cluster, in the order of the blocks:
 // [f / cluster][block of the cluster][thread of a warpgroup], 16 bytes each.
@@ -731,8 +727,7 @@ __global__ void __launch_bounds__(K::S::kThreads, K::S::kBlocks)
 #endif
 }
 
-// --- variants
-// -------------------------------------------------------------------------------------
+// --- variants ------------------------------------------------------------------------------------
 
 // Calls f(shape, cluster) with what a variant's number stands for: 8 * shape + cluster - 1.
 template <typename F>
