@@ -5,6 +5,7 @@
 #pragma once
 
 #include "common/launch.h"
+#include "common/shared_memory.h"
 
 namespace grace {
 
@@ -44,12 +45,6 @@ __device__ __forceinline__ void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
 }
-
-#if !defined(GRACE_EMULATE)
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
-#endif
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 

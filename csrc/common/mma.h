@@ -5,11 +5,15 @@
 //   a[0], a[1]  rows gid, gid + 8, columns 2 tig, 2 tig + 1      (a[2], a[3]: columns + 8)
 //   b[0], b[1]  rows 2 tig, 2 tig + 1 (b[1]: + 8), column gid
 //   d[0], d[1]  row gid, columns 2 tig, 2 tig + 1                (d[2], d[3]: row gid + 8)
+//
+// load_matrices: four 8 x 8 matrices from shared memory, each as one register of operand b: this
+// lane's `from` is where row lane % 8 of matrix lane / 8 begins, 16 bytes.
 #pragma once
 
 #include <type_traits>
 
 #include "common/launch.h"
+#include "common/shared_memory.h"
 #include "common/warp.h"
 
 namespace grace {
@@ -39,7 +43,25 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2])
   }
 }
 
+inline void load_matrices(const unsigned char* from, uint32_t (&v)[4]) {
+  const unsigned char* rows[kWarpSize];
+  emulation::warp_gather(kFullWarp, &from, rows, sizeof from);
+  const int lane = emulation::lane();
+  for (int i = 0; i < 4; ++i)
+    std::memcpy(&v[i], rows[8 * i + lane / 4] + lane % 4 * 4, sizeof v[i]);
+}
+
 #else
+
+__device__ __forceinline__ void load_matrices(uint32_t from, uint32_t (&v)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+               : "r"(from)
+               : "memory");
+}
+__device__ __forceinline__ void load_matrices(const unsigned char* from, uint32_t (&v)[4]) {
+  load_matrices(shared_address(from), v);
+}
 
 template <typename T>
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4],

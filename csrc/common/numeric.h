@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>
@@ -73,9 +74,13 @@ GRACE_HOST_DEVICE float from_float<float>(float x) {
 
 template <>
 GRACE_HOST_DEVICE bf16 from_float<bf16>(float x) {
+#if defined(__CUDA_ARCH__)
+  return bf16{__bfloat16_as_ushort(__float2bfloat16_rn(x))};
+#else
   const uint32_t bits = bits_of(x);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return bf16{0x7fc0u};  // NaN stays NaN
   return bf16{static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+#endif
 }
 
 template <>
@@ -94,6 +99,22 @@ GRACE_HOST_DEVICE fp16 from_float<fp16>(float x) {
   }
   const uint32_t rounded = magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u);
   return fp16{static_cast<uint16_t>(sign | (rounded >> 13))};
+#endif
+}
+
+// Two at once, as one register: the first in the low half.
+template <typename T>
+GRACE_HOST_DEVICE uint32_t pair_from_floats(float low, float high) {
+#if defined(__CUDA_ARCH__)
+  uint32_t pair;
+  if constexpr (std::is_same_v<T, bf16>) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  }
+  return pair;
+#else
+  return from_float<T>(low).bits | uint32_t{from_float<T>(high).bits} << 16;
 #endif
 }
 

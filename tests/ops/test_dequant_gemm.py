@@ -155,20 +155,25 @@ def sweep_of_scales(dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("bits", BITS)
 def test_dequantization_is_exact(path: Path, bits, scale_dtype):
     half = 2 ** (bits - 1)
-    scales = sweep_of_scales(scale_dtype)
-    codes = torch.arange(-half, half, dtype=torch.int8).repeat(len(scales), 1)
-    qweight, packed_scales = pack(codes, scales[:, None], bits)
-    weight = codes.float() * scales.float()[:, None]
-    if path.kernels.device == "cuda" and scale_dtype != torch.float32:
-        # Where weights are numbers in x's dtype (test_dequant_gemm_plans.py has the extremes).
-        least, most = (2.0**-90, BF16_SCALES_BELOW) if scale_dtype == torch.bfloat16 else (0, 500)
-        kept = (scales.float() >= least) & (scales.float() < most)
-        scales, codes, weight = scales[kept], codes[kept], weight[kept]
-        qweight, packed_scales = pack(codes, scales[:, None], bits)
     for dtype in path.dtypes:
+        scales = sweep_of_scales(scale_dtype)
+        if path.kernels.device == "cuda" and scale_dtype != torch.float32:
+            least, most = exact_on_a_gpu(dtype, scale_dtype)
+            scales = scales[(scales.float() >= least) & (scales.float() < most)]
+        codes = torch.arange(-half, half, dtype=torch.int8).repeat(len(scales), 1)
+        qweight, packed_scales = pack(codes, scales[:, None], bits)
+        weight = codes.float() * scales.float()[:, None]
         eye = torch.eye(2 * half, dtype=dtype)  # gives the weights themselves
         actual = path(eye, qweight, packed_scales, None, bits, -1, len(scales))
         assert torch.equal(actual, weight.t().to(dtype))
+
+
+def exact_on_a_gpu(dtype: torch.dtype, scale_dtype: torch.dtype) -> tuple[float, float]:
+    """Scales whose weights are exact as numbers of x's dtype; test_dequant_gemm_plans.py has the
+    extremes."""
+    if dtype == torch.float16 and scale_dtype == torch.bfloat16:
+        return 2.0**-17, 500
+    return (2.0**-90, BF16_SCALES_BELOW) if scale_dtype == torch.bfloat16 else (0, 500)
 
 
 def test_float64_is_the_reference():

@@ -222,6 +222,15 @@ def test_every_plan_is_accurate_with_every_epilogue(
         assert check_every_plan(kernels, call) > (2 if kernels.cuda_kernels else 0)
 
 
+@pytest.mark.parametrize("group_size", [32, 64, 128, -1])
+@pytest.mark.parametrize("bits", BITS)
+def test_float16_x_takes_scales_as_they_are_trained(kernels: Kernels, bits, group_size):
+    for m in (3, 70):
+        call = make_call(m, 80, 384, bits, group_size, torch.float16)
+        trained = call.scales.bfloat16().clamp_min(2.0**-17)
+        check_every_plan(kernels, replace(call, scales=trained))
+
+
 @settings(max_examples=15, deadline=None, suppress_health_check=ANY_FIXTURE)
 @given(data=st.data())
 def test_every_plan_is_accurate_at_any_shape(kernels: Kernels, data: st.DataObject):

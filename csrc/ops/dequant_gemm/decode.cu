@@ -5,28 +5,6 @@
 namespace grace::dequant_gemm {
 namespace {
 
-// Operand B for 32 columns and 8 rows of x: {b0, b1} of the first 16 columns, then of the others.
-// `chunk` is this lane's: row lane % 8, columns 8 * (lane / 8) and on.
-__device__ __forceinline__ uint4 load_fragments(const unsigned char* chunk) {
-  uint4 v;
-#if defined(GRACE_EMULATE)
-  const int lane = emulation::lane();
-  const unsigned char* mine[kWarpSize];
-  emulation::warp_gather(0xffffffffu, &chunk, mine, sizeof chunk);
-  uint32_t words[4];
-  for (int i = 0; i < 4; ++i)
-    std::memcpy(&words[i], mine[8 * i + lane / 4] + lane % 4 * 4, sizeof words[i]);
-  v = {words[0], words[1], words[2], words[3]};
-#else
-  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(chunk));
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "r"(address)
-               : "memory");
-#endif
-  return v;
-}
-
 // A row of x in shared memory: whole tiles, and 16 bytes that shift the next row's banks so that
 // the eight rows of a fragment are read without conflicts.
 GRACE_HOST_DEVICE constexpr int row_bytes(int tiles) { return tiles * kTile * 2 + 16; }
@@ -62,9 +40,9 @@ __device__ __forceinline__ void multiply_tile(const Slot<kBits, S::kBands, kGrou
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     Accumulators<S::kTiles>(&group)[S::kBands] = chains[half % kChains];
-    uint4 fragments[S::kTiles];
+    uint32_t fragments[S::kTiles][4];  // of x: 32 columns of 8 rows each
 #pragma unroll
-    for (int j = 0; j < S::kTiles; ++j) fragments[j] = load_fragments(x[j] + half * kTile);
+    for (int j = 0; j < S::kTiles; ++j) load_matrices(x[j] + half * kTile, fragments[j]);
 #pragma unroll
     for (int band = 0; band < S::kBands; ++band) {
       const uint32_t* words = reinterpret_cast<const uint32_t*>(slot.words[band]);
@@ -74,8 +52,7 @@ __device__ __forceinline__ void multiply_tile(const Slot<kBits, S::kBands, kGrou
         decode_fractions<kBits, T>(words + (half * 2 + block) * Layout<kBits>::kBlockWords, a);
 #pragma unroll
         for (int j = 0; j < S::kTiles; ++j) {
-          const uint32_t b[2] = {block == 0 ? fragments[j].x : fragments[j].z,
-                                 block == 0 ? fragments[j].y : fragments[j].w};
+          const uint32_t b[2] = {fragments[j][block * 2], fragments[j][block * 2 + 1]};
           mma_m16n8k16<T>(group[band].v[j], a, b);
         }
       }
@@ -131,7 +108,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocksPerSm)
   load_x<S::kThreads>(call.x, walk, block_first, tiles, x);
   cluster_barrier(walk.cluster);  // also: every block runs before another writes to it
 
-  // This lane's chunks of x for load_fragments. Where x has fewer rows the last one stands for
+  // This lane's chunks of x for load_matrices. Where x has fewer rows the last one stands for
   // them: what comes of it is not written.
   const unsigned char *first_x[S::kTiles], *tile_x[S::kTiles];
 #pragma unroll
