@@ -266,7 +266,7 @@ NUMBERS = [_FAMILY * family + i for family in range(_FAMILIES) for i in range(_V
 QUESTIONS = {
     "dequant_gemm_runs": "(Tensor x, Tensor qweight, Tensor scales, int bits, int group_size, "
     "int out_features, int plan) -> bool",
-    "dequant_gemm_set_plans": "(Tensor rows) -> ()",
+    "dequant_gemm_set_plans": "(str gpus, Tensor rows) -> ()",
 }
 for _name, _schema in QUESTIONS.items():
     torch.library.define(f"{_library.NAMESPACE}::{_name}", _schema)
@@ -281,18 +281,24 @@ def plans(
     return [plan for plan in NUMBERS if runs(*arguments, plan)]
 
 
-def set_plans(rows: Iterable[Mapping[str, int]]) -> None:
-    """Replaces the table by which kernels are chosen.
+def set_plans(tables: Mapping[str, Iterable[Mapping[str, int]]]) -> None:
+    """Replaces the tables by which kernels are chosen.
 
     Args:
-        rows: each with ``bits``, ``n``, ``k``, ``m`` (the most rows of x that it is for) and
-            ``plan``.
+        tables: by name of the GPU (``torch.cuda.get_device_name``), rows that each have ``bits``,
+            ``n``, ``k``, ``m`` (the most rows of x that it is for) and ``plan``. A GPU without a
+            table takes that of the GPU whose name begins most like its own.
     """
-    table = [[int(row[key]) for key in _ROW] for row in rows]
-    torch.ops.grace.dequant_gemm_set_plans(torch.tensor(table, dtype=torch.int64).view(-1, 5))
+    rows = [
+        [gpu, *(int(row[key]) for key in _ROW)]
+        for gpu, table in enumerate(tables.values())
+        for row in table
+    ]
+    in_rows = torch.tensor(rows, dtype=torch.int64).view(-1, 1 + len(_ROW))
+    torch.ops.grace.dequant_gemm_set_plans("\n".join(tables), in_rows)
 
 
 def load_plans() -> None:
-    """Hands the committed table of measured rows to the compiled kernels."""
+    """Hands the committed tables of measured rows to the compiled kernels."""
     tables = [json.loads(path.read_text()) for path in sorted(PLANS.glob("*.json"))]
-    set_plans(row for table in tables for row in table["rows"])
+    set_plans({table["device"]: table["rows"] for table in tables})

@@ -343,14 +343,20 @@ def test_captured_graphs_replay_bitwise(kernels: Kernels, m, swiglu):
 # --- which plan runs -----------------------------------------------------------------------------
 
 
+def set_tables(kernels: Kernels, tables: dict[str, tuple[tuple[int, ...], ...]]) -> None:
+    rows = [(gpu, *row) for gpu, table in enumerate(tables.values()) for row in table]
+    in_rows = torch.tensor(rows, dtype=torch.int64).view(-1, 6)
+    kernels.dequant_gemm_set_plans("\n".join(tables), in_rows)
+
+
 @pytest.fixture
 def set_table(kernels: Kernels) -> Iterator[object]:
-    """Sets the table of plans of the kernels; as it was, at the end."""
+    """Sets the table of plans of the kernels, for any GPU; as it was, at the end."""
     if not kernels.cuda_kernels:
         pytest.skip("a CPU has no plans")
 
     def set_table(*rows: tuple[int, ...]) -> None:
-        kernels.dequant_gemm_set_plans(torch.tensor(rows, dtype=torch.int64).view(-1, 5))
+        set_tables(kernels, {"any": rows})
 
     yield set_table
     set_table()
@@ -391,6 +397,20 @@ def test_the_table_says_which_plan_runs(kernels: Kernels, set_table):
     passed_over = few.run(kernels)
     set_table()
     assert torch.equal(passed_over, few.run(kernels))
+
+
+def test_a_gpu_without_a_table_takes_that_of_the_most_similar_name(kernels: Kernels, set_table):
+    call, plan, results = two_orders(kernels, 3)
+    name = "emulated" if kernels.namespace != "grace" else torch.cuda.get_device_name()
+    here, other = ((4, 80, 512, 64, plan),), ((4, 80, 512, 64, 0),)
+    for tables, expected in (
+        ({"another": other, name: here}, 1),
+        ({name[:5]: here, name[:3]: other, "another": other}, 1),
+        ({name[:5]: other, name + " Super": here}, 1),
+        ({name: other, name[:5]: here}, 0),
+    ):
+        set_tables(kernels, tables)
+        assert torch.equal(call.run(kernels), results[expected]), tables
 
 
 @pytest.mark.parametrize("plan", [1, 999, 1001, 2900, 3900, 4000, 10**6, -2, -1001])

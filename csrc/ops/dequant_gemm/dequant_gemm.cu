@@ -5,6 +5,7 @@
 #include "ops/dequant_gemm/call.h"
 #include "ops/dequant_gemm/dequant_gemm.h"
 #include "ops/dequant_gemm/plans.h"
+#include "ops/dequant_gemm/tensor_core.h"
 
 namespace grace::dequant_gemm {
 namespace {
@@ -236,7 +237,7 @@ bool runs(const Call<T>& call, const Plan& plan, int device) {
 template <int kBits, typename T>
 Plan choose(const Call<T>& call, int device) {
   const Problem& p = call.problem;
-  const int64_t measured = measured_plan(kBits, p.m, p.n, p.k);
+  const int64_t measured = measured_plan(Device::of(device).name, kBits, p.m, p.n, p.k);
   if (measured >= 0 && runs<kBits>(call, plan_of(measured), device)) return plan_of(measured);
   for (int variant = 0; variant < decode_variants(); ++variant)
     if (decode_runs<kBits>(call, variant, device)) return {Family::kDecode, variant};

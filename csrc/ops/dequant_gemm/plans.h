@@ -8,6 +8,8 @@
 //   <family><bits>(call, variant, device)        does it, on the current stream
 #pragma once
 
+#include <string>
+
 #include "ops/dequant_gemm/call.h"
 
 namespace grace::dequant_gemm {
@@ -30,8 +32,9 @@ inline Plan plan_of(int64_t number) {
 }
 
 // The measured plan of the most similar layer for this many rows of x, or -1 where nothing was
-// measured. Sizes of a layer are similar when their logarithms are.
-int64_t measured_plan(int64_t bits, int64_t m, int64_t n, int64_t k);
+// measured: on this GPU, or on the one whose name begins most like its own. Sizes of a layer are
+// similar when their logarithms are.
+int64_t measured_plan(const std::string& gpu, int64_t bits, int64_t m, int64_t n, int64_t k);
 
 int decode_variants();
 template <int kBits, typename T>

@@ -36,13 +36,14 @@ __device__ __forceinline__ void write_fragment(const Call<T>& call, int64_t firs
 
 struct Device {
   int capability, processors, shared_bytes;
+  std::string name;
 
   static const Device& of(int device);
 };
 
 #if defined(GRACE_EMULATE)
 inline const Device& Device::of(int) {
-  static const Device emulated{80, 2, 227 * 1024};
+  static const Device emulated{80, 2, 227 * 1024, "emulated"};
   return emulated;
 }
 #else
@@ -52,6 +53,8 @@ inline const Device& Device::of(int device) {
   STD_TORCH_CHECK(device >= 0 && device < kMost, "grace: no such device: ", device);
   Device& d = known[device];
   if (d.capability == 0) {
+    cudaDeviceProp properties;
+    check_cuda(cudaGetDeviceProperties(&properties, device), "reading a device's properties");
     const auto get = [device](cudaDeviceAttr attribute) {
       int value = 0;
       check_cuda(cudaDeviceGetAttribute(&value, attribute, device), "reading a device attribute");
@@ -61,6 +64,7 @@ inline const Device& Device::of(int device) {
     d.shared_bytes = get(cudaDevAttrMaxSharedMemoryPerBlockOptin);
     d.capability =
         get(cudaDevAttrComputeCapabilityMajor) * 10 + get(cudaDevAttrComputeCapabilityMinor);
+    d.name = properties.name;
   }
   return d;
 }
