@@ -79,11 +79,17 @@ GRACE_HOST_DEVICE float clamp_between(float x, float low, float high) {
 #endif
 }
 
-// The code of a weight, as a float. Weights are cut off at the end codes before they are divided,
-// which rounds to the same codes as cutting off after it and needs no second look at infinities.
-GRACE_HOST_DEVICE float code_of(float weight, const Divisor& by, Codes codes) {
-  const float inside = clamp_between(weight, codes.min * by.scale, codes.max * by.scale);
-  return rintf(by.divide(inside));
+// What rounds to the code of a weight. Weights are cut off at the end codes before they are
+// divided, which rounds to the same codes as cutting off after it and needs no second look at
+// infinities.
+GRACE_HOST_DEVICE float value_within(float weight, const Divisor& by, Codes codes) {
+  return by.divide(clamp_between(weight, codes.min * by.scale, codes.max * by.scale));
+}
+
+// A code, or a quotient within the codes, plus 2^(bits-1), in the low byte: adding 1.5 * 2^23
+// rounds to an integer, half to even.
+GRACE_HOST_DEVICE uint32_t offset_code(float value, Codes codes) {
+  return bits_of(value + (0x1.8p23f - codes.min));
 }
 
 struct Gradient {

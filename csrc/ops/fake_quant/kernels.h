@@ -54,8 +54,8 @@ int shift_of(int group_size) {
 
 template <typename T>
 Way way_of(const Part<T>& part) {
-  const bool aligned = is_vector_aligned(part.weight) && is_vector_aligned(part.out) &&
-                       is_vector_aligned(part.grad);
+  const bool aligned =
+      is_vector_aligned(part.weight) && is_vector_aligned(part.out) && is_vector_aligned(part.grad);
   if (part.group_size % kPerVector<T> != 0 || !aligned) return Way::kElements;
   const int vectors = part.vectors();
   const bool tiles = vectors >= kTileVectors / kWarpSize && vectors == part.lanes();
@@ -90,16 +90,23 @@ struct Batch {
 
 // --- one vector ----------------------------------------------------------------------------------
 
+// Called, so that the ways that are taken stay short.
 template <typename T>
-__device__ __forceinline__ uint4 quantized(uint4 weight, const Divisor& by, Codes codes) {
+__device__ __noinline__ uint4 quantized_irregular(uint4 weight, float scale, Codes codes) {
   float x[kPerVector<T>];
   unpack_vector<T>(weight, x);
-  if (by.regular()) {
 #pragma unroll
-    for (float& w : x) w = code_of(w, by, codes) * by.scale;
-  } else {
-    for (float& w : x) w = fake_quantize(w, by.scale, codes);
-  }
+  for (float& w : x) w = fake_quantize(w, scale, codes);
+  return pack_vector<T>(x);
+}
+
+template <typename T>
+__device__ __forceinline__ uint4 quantized(uint4 weight, const Divisor& by, Codes codes) {
+  if (!by.regular()) return quantized_irregular<T>(weight, by.scale, codes);
+  float x[kPerVector<T>];
+  unpack_vector<T>(weight, x);
+#pragma unroll
+  for (float& w : x) w = rintf(value_within(w, by, codes)) * by.scale;
   return pack_vector<T>(x);
 }
 
@@ -109,23 +116,34 @@ struct VectorGradient {
 };
 
 template <typename T>
-__device__ __forceinline__ VectorGradient gradient(uint4 grad, uint4 weight, const Divisor& by,
-                                                   Codes codes) {
+__device__ __noinline__ VectorGradient gradient_irregular(uint4 grad, uint4 weight, float scale,
+                                                          Codes codes) {
   float g[kPerVector<T>], w[kPerVector<T>], sum = 0.0f;
   unpack_vector<T>(grad, g);
   unpack_vector<T>(weight, w);
-  const auto add = [&](int i, Gradient one) {
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(kPerVector<T>); ++i) {
+    const Gradient one = gradient_of(g[i], w[i], scale, codes);
     g[i] = one.weight;
     sum += one.log_scale;
-  };
-  if (by.regular()) {
-#pragma unroll
-    for (int i = 0; i < kPerVector<T>; ++i) add(i, gradient_by(g[i], w[i], by, codes));
-    sum *= by.scale;
-  } else {
-    for (int i = 0; i < kPerVector<T>; ++i) add(i, gradient_of(g[i], w[i], by.scale, codes));
   }
   return {pack_vector<T>(g), sum};
+}
+
+template <typename T>
+__device__ __forceinline__ VectorGradient gradient(uint4 grad, uint4 weight, const Divisor& by,
+                                                   Codes codes) {
+  if (!by.regular()) return gradient_irregular<T>(grad, weight, by.scale, codes);
+  float g[kPerVector<T>], w[kPerVector<T>], sum = 0.0f;
+  unpack_vector<T>(grad, g);
+  unpack_vector<T>(weight, w);
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(kPerVector<T>); ++i) {
+    const Gradient one = gradient_by(g[i], w[i], by, codes);
+    g[i] = one.weight;
+    sum += one.log_scale;
+  }
+  return {pack_vector<T>(g), sum * by.scale};
 }
 
 // Sum over neighbouring lanes, a power of two of them.
@@ -343,7 +361,8 @@ __global__ void __launch_bounds__(kThreads)
 
 template <typename T, int kMost>
 auto kernel_of(Way way, bool backward) {
-  if (way == Way::kTiles) return backward ? tiles_backward_kernel<T, kMost> : tiles_kernel<T, kMost>;
+  if (way == Way::kTiles)
+    return backward ? tiles_backward_kernel<T, kMost> : tiles_kernel<T, kMost>;
   if (way == Way::kRows) return backward ? rows_backward_kernel<T, kMost> : rows_kernel<T, kMost>;
   return backward ? elements_backward_kernel<T, kMost> : elements_kernel<T, kMost>;
 }

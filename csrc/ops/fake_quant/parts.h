@@ -10,8 +10,14 @@ template <typename T>
 Part<T> forward_part(const Tensor& weight, const Tensor& log_scale, const Tensor& out) {
   const int64_t groups = log_scale.numel();
   const int64_t size = groups == 0 ? 0 : weight.size(1) / log_scale.size(1);
-  return {data<const T>(weight), data<const float>(log_scale), nullptr, data<T>(out), nullptr,
-          size == 0 ? 0 : groups, static_cast<int>(size), shift_of<T>(static_cast<int>(size))};
+  return {data<const T>(weight),
+          data<const float>(log_scale),
+          nullptr,
+          data<T>(out),
+          nullptr,
+          size == 0 ? 0 : groups,
+          static_cast<int>(size),
+          shift_of<T>(static_cast<int>(size))};
 }
 
 template <typename T>
