@@ -174,7 +174,9 @@ def reference_backward(
     inside = value.round() == codes
     grad = grad.to(compute)
     by_element = grad * scale * torch.where(inside, codes - value, codes)
-    by_group = by_element.reshape(*log_scale.shape, -1).sum(-1)
+    groups = log_scale.shape[1]
+    size = weight.shape[1] // groups if groups else 0
+    by_group = by_element.reshape(*log_scale.shape, size).sum(-1)
     return (grad * inside).to(weight.dtype), by_group.to(log_scale.dtype)
 
 
