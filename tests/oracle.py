@@ -49,7 +49,9 @@ def assert_accurate(
     if actual.numel() == 0:
         return
     if not actual.is_floating_point():
-        torch.testing.assert_close(actual.cpu(), working, rtol=0, atol=0, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(
+            actual.cpu(), working, rtol=0, atol=0, msg=lambda m: f"{name}: {m}"
+        )
         return
     error, own = error_of(actual, exact), error_of(working, exact)
     largest = exact.detach().abs().double().nan_to_num(0, 0, 0).max().item()

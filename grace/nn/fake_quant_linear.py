@@ -24,10 +24,10 @@ class FakeQuantLinear(nn.Module):
     The forward uses exactly the values that packing and export write: ``q·s`` with integer codes
     ``q`` and scales ``s = exp(log_scale)`` on the grid of ``scale_dtype``.
 
-    There are two ways to the product. ``"dense"`` makes ``q·s`` in the weight's dtype and multiplies
-    by it, as autograd sees it. ``"packed"`` packs the codes and calls the kernel of the deployed
-    layer, `grace.ops.dequant_gemm`: the output is that of `PackedLinear` bit for bit, and ``q·s`` is
-    in memory only during the backward, which makes it again. Gradients follow the same formulas.
+    There are two ways to the product. ``"dense"`` makes ``q·s`` in the weight's dtype and
+    multiplies by it. ``"packed"`` packs the codes and calls the kernel of the deployed layer,
+    `grace.ops.dequant_gemm`: the output is that of `PackedLinear` bit for bit, and ``q·s`` is in
+    memory only during the backward, which makes it again. Gradients follow the same formulas.
 
     Attributes:
         weight: Parameter [out_features, in_features]; the master weight, in any float dtype.
@@ -112,8 +112,8 @@ class FakeQuantLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., in_features] → [..., out_features], in the dtype of ``x``.
 
-        With ``product="packed"`` under autocast: in autocast's dtype, like `F.linear`. On a GPU that
-        product is of float16 and bfloat16 only (ValueError).
+        With ``product="packed"`` under autocast: in autocast's dtype, like `F.linear`. On a GPU
+        that product is of float16 and bfloat16 only (ValueError).
         """
         if self.product == "packed":
             return self._packed_product(x)
@@ -186,9 +186,13 @@ class _PackedProduct(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, log_scale)
         ctx.settings = bits, group_size, scale_dtype
-        scheme = {"bits": bits, "group_size": group_size}
-        packed = quantize_pack(weight, log_scale, scale_dtype=scale_dtype, **scheme)
-        return dequant_gemm(x, *packed, bias, out_features=weight.shape[0], **scheme)
+        qweight, scales = quantize_pack(
+            weight, log_scale, bits=bits, group_size=group_size, scale_dtype=scale_dtype
+        )
+        rows = weight.shape[0]
+        return dequant_gemm(
+            x, qweight, scales, bias, bits=bits, group_size=group_size, out_features=rows
+        )
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

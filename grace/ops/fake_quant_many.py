@@ -23,7 +23,9 @@ _ARGUMENTS = (
     "Tensor[] weights, Tensor[] log_scales, int bits, int group_size, ScalarType? scale_dtype"
 )
 _library.define("fake_quant_many", f"({_ARGUMENTS}) -> Tensor[]")
-_library.define("fake_quant_many_backward", f"(Tensor[] grads, {_ARGUMENTS}) -> (Tensor[], Tensor[])")
+_library.define(
+    "fake_quant_many_backward", f"(Tensor[] grads, {_ARGUMENTS}) -> (Tensor[], Tensor[])"
+)
 
 
 def fake_quant_many(

@@ -163,7 +163,9 @@ def test_packed_product_compiles_without_breaks():
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), layer(x))
     inputs = (x, layer.weight, layer.log_scale, layer.bias)
-    for a, b in zip(*(torch.autograd.grad(f(x).sum(), inputs) for f in (compiled, layer)), strict=True):
+    for a, b in zip(
+        *(torch.autograd.grad(f(x).sum(), inputs) for f in (compiled, layer)), strict=True
+    ):
         torch.testing.assert_close(a, b)
 
 

@@ -88,8 +88,8 @@ def test_weights_off_the_16_byte_grid(kernels: Kernels, dtype):
     torch.testing.assert_close(out.cpu(), reference(*arguments[1:]), rtol=0, atol=0)
     exact = reference_backward(*to_double(*arguments))
     working = reference_backward(*arguments)
-    for given in ((shifted, rest[0]), (grad, moved)):
-        actual = kernels.fake_quant_backward(*given, *rest[1:])
+    for pair in ((shifted, rest[0]), (grad, moved)):
+        actual = kernels.fake_quant_backward(*pair, *rest[1:])
         for values in zip(actual, exact, working, strict=True):
             assert_accurate(*values)
 

@@ -46,9 +46,7 @@ def test_more_weights_than_a_launch_takes(emulated: Kernels):
     shapes = [(1 + i % 3, 32 * (1 + i % 5)) for i in range(150)]
     weights, log_scales = make(shapes)
     many = emulated.fake_quant_many(weights, log_scales, 3, -1, None)
-    one = [
-        emulated.fake_quant(w, t, 3, -1, None) for w, t in zip(weights, log_scales, strict=True)
-    ]
+    one = [emulated.fake_quant(w, t, 3, -1, None) for w, t in zip(weights, log_scales, strict=True)]
     assert_same(many, one)
 
 
@@ -107,9 +105,13 @@ def test_nothing_gives_nothing():
 
 def test_bad_arguments():
     weights, log_scales = make([(4, 64), (3, 96)])
-    with pytest.raises(ValueError, match=r"fake_quant_many: log_scales must be 2 like weights, got"):
+    with pytest.raises(
+        ValueError, match=r"fake_quant_many: log_scales must be 2 like weights, got"
+    ):
         fake_quant_many(weights, log_scales[:1], group_size=-1)
-    with pytest.raises(ValueError, match=r"fake_quant_many: weights must all be torch.float32, got"):
+    with pytest.raises(
+        ValueError, match=r"fake_quant_many: weights must all be torch.float32, got"
+    ):
         fake_quant_many([weights[0], weights[1].half()], log_scales, group_size=-1)
     with pytest.raises(ValueError, match=r"fake_quant_many: bits must be 2 to 8, got 1"):
         fake_quant_many(weights, log_scales, bits=1, group_size=-1)

@@ -15,7 +15,9 @@ from grace.packing import pack
 GRIDS = [torch.bfloat16, torch.float16, None]
 
 
-def make(rows: int, columns: int, groups: int, bits=4, dtype=torch.float32) -> tuple[Tensor, Tensor]:
+def make(
+    rows: int, columns: int, groups: int, bits=4, dtype=torch.float32
+) -> tuple[Tensor, Tensor]:
     weight = torch.randn(rows, columns)
     spread = weight.view(rows, groups, -1).abs().amax(-1)
     return weight.to(dtype), (0.7 * spread / (2 ** (bits - 1) - 1)).log()  # some are cut off
@@ -134,7 +136,10 @@ def test_compiles_without_graph_breaks_or_recompiling():
     ("changes", "message"),
     [
         ({"bits": 5}, r"quantize_pack: bits must be 4 or 8, got 5"),
-        ({"group_size": 7}, r"quantize_pack: group_size must divide in_features 96 or be -1, got 7"),
+        (
+            {"group_size": 7},
+            r"quantize_pack: group_size must divide in_features 96 or be -1, got 7",
+        ),
         ({"log_scale": torch.zeros(6, 2)}, r"log_scale must have shape \[6, 3\], got \[6, 2\]"),
         ({"scale_dtype": torch.int8}, r"scale_dtype must be bfloat16, float16, float32 or None"),
     ],

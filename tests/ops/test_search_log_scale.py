@@ -109,9 +109,13 @@ def test_any_layout_and_no_weights():
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match=r"search_log_scale: weight must be floating \[N, K\], got"):
+    with pytest.raises(
+        ValueError, match=r"search_log_scale: weight must be floating \[N, K\], got"
+    ):
         search_log_scale(torch.zeros(4))
     with pytest.raises(ValueError, match=r"search_log_scale: bits must be 2 to 8, got 9"):
         search_log_scale(make(), bits=9)
-    with pytest.raises(ValueError, match=r"search_log_scale: group_size must divide in_features 64"):
+    with pytest.raises(
+        ValueError, match=r"search_log_scale: group_size must divide in_features 64"
+    ):
         search_log_scale(make(), group_size=24)
