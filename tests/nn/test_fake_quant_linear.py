@@ -115,6 +115,29 @@ def test_packed_product_is_the_deployed_layer(bits, group_size, bias, dtype):
     assert layer(x).dtype == dtype
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("masters", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("bits", "group_size"), [(4, 128), (4, 32), (8, -1)])
+@pytest.mark.parametrize("tokens", [1, 16, 300])
+def test_packed_product_on_a_gpu(tokens, bits, group_size, masters):
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    linear = nn.Linear(256, 200).to("cuda", masters)
+    layer = FakeQuantLinear.from_linear(linear, bits, group_size, product="packed")
+    deployed = PackedLinear.from_codes(
+        *layer.quantize(), layer.bias, bits=bits, group_size=group_size
+    )
+    x = torch.randn(tokens, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    grad = torch.randn(tokens, 200, device="cuda", dtype=torch.bfloat16)
+    assert torch.equal(layer(x), deployed(x))
+    leaves = (x, *layer.parameters())
+    packed = torch.autograd.grad(layer(x), leaves, grad)
+    layer.product = "dense"
+    for a, b in zip(packed, torch.autograd.grad(layer(x), leaves, grad), strict=True):
+        assert a.dtype == b.dtype
+        assert (a - b).float().norm() <= 2e-2 * b.float().norm()
+
+
 @pytest.mark.parametrize("frozen", [(), ("weight", "bias"), ("log_scale",), ("x",)])
 def test_packed_product_has_the_gradients_of_the_dense_one(frozen):
     layer = make()

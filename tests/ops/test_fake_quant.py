@@ -24,7 +24,7 @@ from grace.ops.fake_quant import (
 )
 
 KERNEL_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-GRIDS = [torch.bfloat16, torch.float16, None]
+GRIDS = [torch.bfloat16, torch.float16, torch.float32, None]
 # What the CUDA kernels take apart: tiles of 4 to 32 vectors of 16 bytes (32 to 256 elements of 16
 # bits), rows of other whole vectors, and elements.
 GROUP_SIZES = [5, 8, 16, 32, 64, 96, 100, 128, 256, 320, 512]
@@ -259,12 +259,23 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.grace.fake_quant, arguments)
 
 
-def test_compiles_without_graph_breaks():
-    compiled = torch.compile(fake_quant, fullgraph=True, backend="aot_eager")
-    for rows in (4, 6, 9):
-        weight, log_scale = make_case(rows)
-        actual = compiled(weight, log_scale, group_size=32)
-        torch.testing.assert_close(actual, fake_quant(weight, log_scale, group_size=32))
+def test_compiles_once_for_all_sizes():
+    torch._dynamo.reset()
+    compiled = torch.compile(fake_quant, fullgraph=True, backend="aot_eager", dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for rows in (4, 6, 9):
+            weight, log_scale = make_case(rows)
+            actual = compiled(weight, log_scale, group_size=32)
+            torch.testing.assert_close(actual, fake_quant(weight, log_scale, group_size=32))
+
+
+@pytest.mark.parametrize("group_size", [20, 64, 96])  # elements, tiles, rows
+@pytest.mark.parametrize("scale_dtype", GRIDS)
+def test_what_is_on_the_grid_stays_there(kernels: Kernels, scale_dtype, group_size):
+    weight, log_scale = kernels.put(*make_case(group_size=group_size))
+    settings = (log_scale, 4, group_size, scale_dtype)
+    once = kernels.fake_quant(weight, *settings)
+    assert torch.equal(kernels.fake_quant(once, *settings), once)
 
 
 def test_non_contiguous_input():

@@ -122,7 +122,8 @@ def test_no_rows():
     assert scales.shape == (1, 0)
 
 
-def test_compiles_without_graph_breaks_or_recompiling():
+def test_compiles_once_for_all_sizes():
+    torch._dynamo.reset()
     compiled = torch.compile(quantize_pack, fullgraph=True, backend="aot_eager", dynamic=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for rows in (70, 130, 200):

@@ -371,6 +371,7 @@ auto kernel_of(Way way, bool backward) {
 template <int kMost, typename T>
 void launch_parts(const Part<T>* parts, int count, Way way, Codes codes, ScaleGrid grid,
                   int device) {
+  static_assert(sizeof(Batch<T, kMost>) <= 4096, "kernel arguments of every toolkit fit 4 KB");
   Batch<T, kMost> batch = {};
   batch.count = count;
   batch.codes = codes;
