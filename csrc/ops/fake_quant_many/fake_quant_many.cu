@@ -1,4 +1,5 @@
 // fake_quant_many on CUDA: the kernels of fake_quant with up to kMost weights a launch.
+#include <algorithm>
 #include <array>
 #include <vector>
 
