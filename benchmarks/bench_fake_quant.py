@@ -10,6 +10,7 @@ from grace.ops import fake_quant
 from grace.ops.fake_quant import reference_backward
 
 GROUP = 128
+GRID = torch.bfloat16
 
 
 def eager(weight: Tensor, log_scale: Tensor) -> Tensor:
@@ -21,6 +22,12 @@ def eager(weight: Tensor, log_scale: Tensor) -> Tensor:
     return (rounded.clamp(-8, 7) * scale).reshape(weight.shape).to(weight.dtype)
 
 
+def log_scales(weight: Tensor) -> Tensor:
+    """log of max|w|/7 on the grid, where both sides have the same scales."""
+    scale = weight.detach().float().reshape(weight.shape[0], -1, GROUP).abs().amax(-1) / 7
+    return scale.to(GRID).float().log().requires_grad_()
+
+
 def setup(device: torch.device, N: int, K: int) -> Case:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     bytes_moved = N * K * dtype.itemsize * 5  # w, ŵ; w, ĝ, gradient
@@ -28,8 +35,7 @@ def setup(device: torch.device, N: int, K: int) -> Case:
     weights = [
         torch.randn(N, K, device=device, dtype=dtype, requires_grad=True) for _ in range(sets)
     ]
-    theta = [(w.detach().float().reshape(N, -1, GROUP).abs().amax(-1) / 7).log() for w in weights]
-    theta = [t.to(torch.bfloat16).float().requires_grad_() for t in theta]
+    theta = [log_scales(weight) for weight in weights]
     grads = [torch.randn_like(w) for w in weights]
 
     def side(function):
@@ -42,12 +48,12 @@ def setup(device: torch.device, N: int, K: int) -> Case:
     compiled = torch.compile(eager)
     return Case(
         sides={
-            "grace": side(lambda w, t: fake_quant(w, t, scale_dtype=None)),
+            "grace": side(lambda w, t: fake_quant(w, t, scale_dtype=GRID)),
             "eager": side(eager),
             "compile": side(compiled),
         },
         exact=lambda: reference_backward(
-            grads[0].double(), weights[0].double(), theta[0].double(), 4, GROUP, None
+            grads[0].double(), weights[0].double(), theta[0].double(), 4, GROUP, GRID
         )[0],
         bytes=bytes_moved,
         sets=sets,

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from grace.ops.fake_quant import MIN_SCALE, groups_of, scales_from_log
+from grace.ops.fake_quant import groups_of
+from grace.ops.search_log_scale import log_of, search_log_scale
 
 METHODS = ("mse", "p99", "absmax")
 
-_RATIOS = tuple(ratio / 100 for ratio in range(30, 121))  # of absmax / Qp
-_CHUNK = 1 << 22  # weights in work at once, which bounds the search's memory to some 64 MiB
+_CHUNK = 1 << 22  # weights in work at once, which bounds the memory
 
 
 @torch.no_grad()
@@ -27,7 +27,8 @@ def init_log_scale(
     With Qp = 2^(bits-1) - 1, per group of ``group_size`` columns:
 
     - ``"mse"``: the scale of least squared error among 91 from 0.3 to 1.2 times max|w|/Qp, each
-      rounded to ``scale_dtype`` before it is judged, as the op will round it;
+      rounded to ``scale_dtype`` before it is judged, as the op will round it
+      (`grace.ops.search_log_scale`: one kernel on a GPU);
     - ``"p99"``: 99th percentile of |w| / Qp (the paper's choice);
     - ``"absmax"``: max|w| / Qp, the usual rounding to nearest.
 
@@ -51,39 +52,26 @@ def init_log_scale(
         got = f"{weight.dtype} {list(weight.shape)}"
         raise ValueError(f"init_log_scale: weight must be floating [N, K], got {got}")
     groups = groups_of("init_log_scale", weight.shape[1], bits, group_size)
-    rows = max(1, _CHUNK // max(1, weight.shape[1]))
-    parts = [
-        _chunk(part.float().view(-1, groups, weight.shape[1] // groups), bits, method, scale_dtype)
-        for part in weight.split(rows)
-    ]
-    return torch.cat(parts)
-
-
-def _chunk(weight: Tensor, bits: int, method: str, scale_dtype: torch.dtype | None) -> Tensor:
-    """Log-scales [n, G] of ``weight`` float32 [n, G, g]."""
-    if not bool(weight.isfinite().all()):
+    if method == "mse":
+        found = search_log_scale(
+            weight, bits=bits, group_size=group_size, scale_dtype=scale_dtype
+        ).float()
+    else:
+        rows = max(1, _CHUNK // max(1, weight.shape[1]))
+        shape = (-1, groups, weight.shape[1] // groups)
+        parts = [_chunk(p.float().reshape(shape), bits, method) for p in weight.split(rows)]
+        found = torch.cat(parts)
+    # A weight that is not finite shows in its group's scale: the weight is not read again for it.
+    if not bool(found.isfinite().all()):
         raise ValueError("init_log_scale: weight must be finite, got NaN or Inf")
+    return found
+
+
+def _chunk(weight: Tensor, bits: int, method: str) -> Tensor:
+    """Log-scales [n, G] of ``weight`` float32 [n, G, g]."""
     top = 2 ** (bits - 1) - 1
-    if method == "p99":
-        return _log(weight.abs().quantile(0.99, dim=-1) / top)
     absmax = weight.abs().amax(dim=-1)
-    return _log(absmax / top) if method == "absmax" else _search(weight, absmax, bits, scale_dtype)
-
-
-def _search(weight: Tensor, absmax: Tensor, bits: int, scale_dtype: torch.dtype | None) -> Tensor:
-    top = 2 ** (bits - 1) - 1
-    best = torch.empty_like(absmax)
-    least = torch.full_like(absmax, torch.inf)
-    for ratio in _RATIOS:
-        log_scale = _log(absmax * (ratio / top))
-        scale = scales_from_log(log_scale, scale_dtype).unsqueeze(-1)
-        quantized = (weight / scale).round_().clamp_(-top - 1, top).mul_(scale)
-        error = quantized.sub_(weight).square_().sum(dim=-1)
-        better = error < least
-        least = torch.where(better, error, least)
-        best = torch.where(better, log_scale, best)
-    return best
-
-
-def _log(scale: Tensor) -> Tensor:
-    return scale.clamp_min(MIN_SCALE).log()
+    if method == "absmax":
+        return log_of(absmax / top)
+    percentile = weight.abs().quantile(0.99, dim=-1) / top
+    return log_of(torch.where(absmax.isfinite(), percentile, absmax))

@@ -14,6 +14,7 @@ from grace.formats.compressed_tensors import BITS
 from grace.log_scale import init_log_scale
 from grace.nn import FakeQuantLinear, PackedLinear
 from grace.nn import fuse as nn_fuse
+from grace.nn.fake_quant_linear import Product
 from grace.ops.fake_quant import groups_of
 
 __all__ = ["decoder_linears", "init_log_scale", "pack", "quantize"]
@@ -29,6 +30,7 @@ def quantize(
     *,
     scale_dtype: torch.dtype | None = torch.bfloat16,
     init: str = "mse",
+    product: Product = "dense",
 ) -> list[str]:
     """Replaces the linears of the language model's decoder layers by `FakeQuantLinear`, in place.
 
@@ -44,6 +46,8 @@ def quantize(
         skip: regexes; a linear whose name one of them finds (`re.search`) stays as it is.
         scale_dtype: grid of the scales; None keeps them float32.
         init: method of `init_log_scale`.
+        product: how the layers multiply while they train, "dense" or "packed" (`FakeQuantLinear`);
+            not recorded: it changes no weight.
 
     Returns:
         Names of the linears replaced.
@@ -56,7 +60,7 @@ def quantize(
     for name, linear in linears.items():
         groups_of(f"quantize: {name}", linear.in_features, bits, group_size)
     layers = {
-        name: FakeQuantLinear.from_linear(linear, bits, group_size, scale_dtype, init)
+        name: FakeQuantLinear.from_linear(linear, bits, group_size, scale_dtype, init, product)
         for name, linear in linears.items()
     }
     for name, layer in layers.items():

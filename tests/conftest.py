@@ -41,8 +41,13 @@ class Kernels:
         return (self.namespace, self.device) != ("grace", "cpu")
 
     def put(self, *values: Any) -> list[Any]:
-        """The values with every tensor moved to the kernels' device."""
-        return [v.to(self.device) if isinstance(v, Tensor) else v for v in values]
+        """The values with every tensor, in lists too, moved to the kernels' device."""
+        return [self._put(value) for value in values]
+
+    def _put(self, value: Any) -> Any:
+        if isinstance(value, list):
+            return self.put(*value)
+        return value.to(self.device) if isinstance(value, Tensor) else value
 
 
 def _load_emulated() -> Kernels:

@@ -13,9 +13,13 @@ from torch import Tensor
 
 def to_double(*values: object) -> tuple[object, ...]:
     """The values with every floating tensor in float64: the inputs of the oracle."""
-    return tuple(
-        v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for v in values
-    )
+    return tuple(_double(value) for value in values)
+
+
+def _double(value: object) -> object:
+    if isinstance(value, list):
+        return [_double(item) for item in value]
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def error_of(actual: Tensor, exact: Tensor) -> Tensor:
@@ -38,10 +42,16 @@ def assert_accurate(
 
     ``exact``: the reference on float64 inputs. ``working``: the reference in the working dtype,
     whose dtype also sets the rounding noise: ``ulps`` units in the last place of the largest value.
+    Integers must be those of ``working``.
     """
     assert actual.shape == exact.shape, f"{name}: shape {actual.shape}, expected {exact.shape}"
     assert actual.dtype == working.dtype, f"{name}: dtype {actual.dtype}, expected {working.dtype}"
     if actual.numel() == 0:
+        return
+    if not actual.is_floating_point():
+        torch.testing.assert_close(
+            actual.cpu(), working, rtol=0, atol=0, msg=lambda m: f"{name}: {m}"
+        )
         return
     error, own = error_of(actual, exact), error_of(working, exact)
     largest = exact.detach().abs().double().nan_to_num(0, 0, 0).max().item()

@@ -48,11 +48,12 @@ def test_absmax_and_p99_are_what_they_say():
     assert (p99 < absmax).all()
 
 
-def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("method", ["p99", "absmax"])
+def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch, method: str):
     weight = torch.randn(10, 64)
-    whole = init_log_scale(weight, 4, 16)
+    whole = init_log_scale(weight, 4, 16, method)
     monkeypatch.setattr("grace.log_scale._CHUNK", 128)
-    assert torch.equal(init_log_scale(weight, 4, 16), whole)
+    assert torch.equal(init_log_scale(weight, 4, 16, method), whole)
 
 
 @pytest.mark.parametrize(
@@ -70,10 +71,15 @@ def test_bad_arguments_are_refused(arguments, message: str):
         init_log_scale(torch.randn(4, 64), *arguments)
 
 
-def test_bad_weights_are_refused():
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_bad_weights_are_refused(value: float, method: str):
     weight = torch.randn(4, 64)
-    weight[1, 2] = torch.nan
+    weight[1, 2] = value
     with pytest.raises(ValueError, match="weight must be finite"):
-        init_log_scale(weight, 4, 16)
+        init_log_scale(weight, 4, 16, method)
+
+
+def test_what_is_no_weight_is_refused():
     with pytest.raises(ValueError, match=r"weight must be floating \[N, K\]"):
         init_log_scale(torch.zeros(4, 64, dtype=torch.int8), 4, 16)

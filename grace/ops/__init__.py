@@ -8,10 +8,22 @@ from grace import _library
 from grace.ops.cka import cka
 from grace.ops.dequant_gemm import dequant_gemm, load_plans
 from grace.ops.fake_quant import fake_quant
+from grace.ops.fake_quant_many import fake_quant_many
 from grace.ops.gated_dkd import gated_dkd
 from grace.ops.linear_gated_dkd import linear_gated_dkd
+from grace.ops.quantize_pack import quantize_pack
+from grace.ops.search_log_scale import search_log_scale
 
 if _library.load():
     load_plans()
 
-__all__ = ["cka", "dequant_gemm", "fake_quant", "gated_dkd", "linear_gated_dkd"]
+__all__ = [
+    "cka",
+    "dequant_gemm",
+    "fake_quant",
+    "fake_quant_many",
+    "gated_dkd",
+    "linear_gated_dkd",
+    "quantize_pack",
+    "search_log_scale",
+]

@@ -73,9 +73,13 @@ def quantize(
     """
     check_arguments("quantize", weight, log_scale, bits, group_size, scale_dtype)
     scales = scales_from_log(log_scale, scale_dtype)
-    compute = weight.to(accumulate_dtype(weight.dtype))
-    _, codes = _divide_and_round(compute, _spread(scales, weight).to(compute.dtype), bits)
+    codes = codes_of(weight.to(accumulate_dtype(weight.dtype)), scales, bits)
     return codes.to(torch.int8), scales.to(scale_dtype or torch.float32)
+
+
+def codes_of(weight: Tensor, scales: Tensor, bits: int) -> Tensor:
+    """Codes [N, K], in weight's dtype, of a weight [N, K] by its scales [N, G]."""
+    return _divide_and_round(weight, _spread(scales, weight).to(weight.dtype), bits)[1]
 
 
 def scales_from_log(log_scale: Tensor, scale_dtype: torch.dtype | None = torch.bfloat16) -> Tensor:
@@ -170,7 +174,9 @@ def reference_backward(
     inside = value.round() == codes
     grad = grad.to(compute)
     by_element = grad * scale * torch.where(inside, codes - value, codes)
-    by_group = by_element.reshape(*log_scale.shape, -1).sum(-1)
+    groups = log_scale.shape[1]
+    size = weight.shape[1] // groups if groups else 0
+    by_group = by_element.reshape(*log_scale.shape, size).sum(-1)
     return (grad * inside).to(weight.dtype), by_group.to(log_scale.dtype)
 
 

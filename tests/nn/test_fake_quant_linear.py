@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
+from conftest import DATA
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from grace.nn import FakeQuantLinear
+from grace.nn import FakeQuantLinear, PackedLinear
 from grace.ops.fake_quant import fake_quant
 
 
@@ -94,6 +97,125 @@ def test_compiles_without_breaks():
     x = torch.randn(4, 96)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), layer(x))
+
+
+# --- the deployed layer's kernel in training ----------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("bits", "group_size"), [(4, 32), (8, -1)])
+def test_packed_product_is_the_deployed_layer(bits, group_size, bias, dtype):
+    layer = make(bits, group_size, bias, product="packed")
+    deployed = PackedLinear.from_codes(
+        *layer.quantize(), layer.bias, bits=bits, group_size=group_size
+    )
+    x = torch.randn(3, 5, 96, dtype=dtype)
+    assert torch.equal(layer(x), deployed(x))
+    assert layer(x).dtype == dtype
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("masters", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("bits", "group_size"), [(4, 128), (4, 32), (8, -1)])
+@pytest.mark.parametrize("tokens", [1, 16, 300])
+def test_packed_product_on_a_gpu(tokens, bits, group_size, masters):
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    linear = nn.Linear(256, 200).to("cuda", masters)
+    layer = FakeQuantLinear.from_linear(linear, bits, group_size, product="packed")
+    deployed = PackedLinear.from_codes(
+        *layer.quantize(), layer.bias, bits=bits, group_size=group_size
+    )
+    x = torch.randn(tokens, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    grad = torch.randn(tokens, 200, device="cuda", dtype=torch.bfloat16)
+    assert torch.equal(layer(x), deployed(x))
+    leaves = (x, *layer.parameters())
+    packed = torch.autograd.grad(layer(x), leaves, grad)
+    layer.product = "dense"
+    for a, b in zip(packed, torch.autograd.grad(layer(x), leaves, grad), strict=True):
+        assert a.dtype == b.dtype
+        assert (a - b).float().norm() <= 2e-2 * b.float().norm()
+
+
+@pytest.mark.parametrize("frozen", [(), ("weight", "bias"), ("log_scale",), ("x",)])
+def test_packed_product_has_the_gradients_of_the_dense_one(frozen):
+    layer = make()
+    x = torch.randn(2, 7, 96)
+    grad = torch.randn(2, 7, 40)
+    leaves = {"x": x, **dict(layer.named_parameters())}
+    for name, leaf in leaves.items():
+        leaf.requires_grad_(name not in frozen)
+    trained = [leaf for name, leaf in leaves.items() if name not in frozen]
+    expected = torch.autograd.grad(layer(x), trained, grad)
+    layer.product = "packed"
+    for a, b in zip(torch.autograd.grad(layer(x), trained, grad), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_packed_product_keeps_no_quantized_weight():
+    layer = make(product="packed")
+    kept = []
+    x = torch.randn(4, 96, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        layer(x).sum()
+    own = {t.data_ptr() for t in (x, layer.weight, layer.log_scale)}
+    assert {t.data_ptr() for t in kept} <= own
+
+
+def test_packed_product_follows_autocast():
+    layer, x = make(product="packed"), torch.randn(4, 96)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer(x)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, layer(x.bfloat16()))
+    out.float().sum().backward()
+    assert layer.weight.grad.dtype == layer.log_scale.grad.dtype == torch.float32
+
+
+def test_packed_product_under_gradient_checkpointing():
+    layer, x = make(product="packed"), torch.randn(4, 96, requires_grad=True)
+    expected = torch.autograd.grad(layer(x).sum(), (x, layer.weight))
+    out = checkpoint(layer, x, use_reentrant=False)
+    for a, b in zip(torch.autograd.grad(out.sum(), (x, layer.weight)), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_packed_product_compiles_without_breaks():
+    layer, x = make(product="packed"), torch.randn(4, 96, requires_grad=True)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), layer(x))
+    inputs = (x, layer.weight, layer.log_scale, layer.bias)
+    for a, b in zip(
+        *(torch.autograd.grad(f(x).sum(), inputs) for f in (compiled, layer)), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_packed_product_wants_bits_that_pack():
+    with pytest.raises(ValueError, match="bits must be 4 or 8 with a packed product, got 3"):
+        make(3, product="packed")
+    with pytest.raises(ValueError, match="product must be dense or packed, got fast"):
+        make(product="fast")
+
+
+@pytest.mark.parametrize("name", ["w4g128", "w8g128"])
+@pytest.mark.parametrize("product", ["dense", "packed"])
+def test_drop_in_for_the_published_layer(product, name):
+    golden = {k: torch.from_numpy(v) for k, v in np.load(DATA / f"fake_quant_{name}.npz").items()}
+    rows, columns = golden["weight"].shape
+    bits, size = int(golden["bits"]), int(golden["group_size"])
+    layer = FakeQuantLinear(
+        columns, rows, False, bits=bits, group_size=size, scale_dtype=None, product=product
+    )
+    layer.load_state_dict({k: golden[k] for k in ("weight", "log_scale")})
+    # With the identity as input the output is the weight's transpose, and so is its gradient.
+    out = layer(torch.eye(columns)).t()
+    out.backward(golden["grad_out"])
+    torch.testing.assert_close(out.detach(), golden["fake_quantized"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(layer.weight.grad, golden["grad_weight"], rtol=1e-5, atol=1e-6)
+    scales = golden["grad_log_scale"]
+    torch.testing.assert_close(layer.log_scale.grad, scales, rtol=1e-4, atol=1e-4)
 
 
 def test_repr_says_what_it_is():

@@ -25,6 +25,25 @@ def fake_quant_backward(dtype: torch.dtype) -> Arguments:
     return torch.randn(6, 96).to(dtype), *fake_quant(dtype)
 
 
+def fake_quant_many(dtype: torch.dtype) -> Arguments:
+    shapes = ((6, 96), (3, 64), (5, 32))
+    log_scales = [torch.full((n, k // 32), -1.5) for n, k in shapes]
+    return [torch.randn(shape).to(dtype) for shape in shapes], log_scales, 4, 32, torch.bfloat16
+
+
+def fake_quant_many_backward(dtype: torch.dtype) -> Arguments:
+    weights, *rest = fake_quant_many(dtype)
+    return [torch.randn_like(weight) for weight in weights], weights, *rest
+
+
+def search_log_scale(dtype: torch.dtype) -> Arguments:
+    return torch.randn(6, 96).to(dtype), 4, 32, torch.bfloat16
+
+
+def quantize_pack(dtype: torch.dtype) -> Arguments:
+    return torch.randn(70, 96).to(dtype), torch.full((70, 3), -1.5), 4, 32, torch.bfloat16
+
+
 def _rows(dtype: torch.dtype) -> Arguments:
     labels = torch.tensor([3, -100, 16, 0, 7])
     return torch.randn(5, 17).mul(3).to(dtype), torch.randn(5, 19).mul(3).to(dtype), labels
@@ -79,6 +98,10 @@ EXAMPLES: dict[str, Callable[[torch.dtype], Arguments]] = {
     for make in (
         fake_quant,
         fake_quant_backward,
+        fake_quant_many,
+        fake_quant_many_backward,
+        search_log_scale,
+        quantize_pack,
         gated_dkd,
         gated_dkd_backward,
         linear_gated_dkd,

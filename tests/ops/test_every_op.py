@@ -28,7 +28,9 @@ def reference_of(name: str):
 
 
 def as_tuple(result) -> tuple[Tensor, ...]:
-    return result if isinstance(result, tuple) else (result,)
+    if isinstance(result, tuple | list):
+        return tuple(tensor for item in result for tensor in as_tuple(item))
+    return (result,)
 
 
 def test_examples_cover_all_ops():

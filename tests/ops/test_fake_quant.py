@@ -24,7 +24,10 @@ from grace.ops.fake_quant import (
 )
 
 KERNEL_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-GRIDS = [torch.bfloat16, torch.float16, None]
+GRIDS = [torch.bfloat16, torch.float16, torch.float32, None]
+# What the CUDA kernels take apart: tiles of 4 to 32 vectors of 16 bytes (32 to 256 elements of 16
+# bits), rows of other whole vectors, and elements.
+GROUP_SIZES = [5, 8, 16, 32, 64, 96, 100, 128, 256, 320, 512]
 
 
 def make_case(
@@ -38,7 +41,7 @@ def make_case(
 
 @pytest.mark.parametrize("scale_dtype", GRIDS)
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", range(2, 9))
 def test_kernel_equals_reference(kernels: Kernels, bits, dtype, scale_dtype):
     weight, log_scale = make_case(bits=bits, dtype=dtype)
     arguments = (weight, log_scale, bits, 32, scale_dtype)
@@ -48,14 +51,60 @@ def test_kernel_equals_reference(kernels: Kernels, bits, dtype, scale_dtype):
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
-@pytest.mark.parametrize("group_size", [16, 32, 100, 128])
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+def test_kernel_equals_reference_for_every_group_size(kernels: Kernels, group_size, dtype):
+    # 77 groups: tiles and blocks that are not full
+    weight, log_scale = make_case(rows=11, groups=7, group_size=group_size, dtype=dtype)
+    arguments = (weight, log_scale, 4, group_size, torch.bfloat16)
+    actual = kernels.fake_quant(*kernels.put(*arguments))
+    torch.testing.assert_close(actual.cpu(), reference(*arguments), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("scale_dtype", GRIDS)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_quotients_next_to_ties_round_like_the_reference(kernels: Kernels, bits, scale_dtype):
+    # Weights within a few units in the last place of (code + 1/2)·s, where a quotient that is off
+    # by one unit gives another code, for scales whose fraction is anything and all ones.
+    scale = torch.cat([torch.rand(60).add(0.5), torch.full((4,), 1 - 2.0**-24)])
+    log_scale = scale.log().unsqueeze(1)
+    exact = scales_from_log(log_scale, scale_dtype)
+    ties = torch.arange(-(2 ** (bits - 1)) - 1, 2 ** (bits - 1) + 1) + 0.5
+    weight = exact * ties.repeat(8 if bits < 8 else 1)
+    for _ in range(3):
+        arguments = (weight, log_scale, bits, -1, scale_dtype)
+        actual = kernels.fake_quant(*kernels.put(*arguments))
+        torch.testing.assert_close(actual.cpu(), reference(*arguments), rtol=0, atol=0)
+        weight = weight.nextafter(torch.full_like(weight, torch.inf))
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+def test_weights_off_the_16_byte_grid(kernels: Kernels, dtype):
+    weight, log_scale = make_case(rows=4, groups=3, group_size=64, dtype=dtype)
+    arguments = (torch.randn_like(weight), weight, log_scale, 4, 64, torch.bfloat16)
+    grad, *rest = kernels.put(*arguments)
+    shifted = torch.cat([grad.new_zeros(1), grad.flatten()])[1:].view(grad.shape)
+    moved = torch.cat([rest[0].new_zeros(1), rest[0].flatten()])[1:].view(weight.shape)
+    out = kernels.fake_quant(moved, *rest[1:])
+    torch.testing.assert_close(out.cpu(), reference(*arguments[1:]), rtol=0, atol=0)
+    exact = reference_backward(*to_double(*arguments))
+    working = reference_backward(*arguments)
+    for pair in ((shifted, rest[0]), (grad, moved)):
+        actual = kernels.fake_quant_backward(*pair, *rest[1:])
+        for values in zip(actual, exact, working, strict=True):
+            assert_accurate(*values)
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
 def test_kernel_backward_is_accurate(kernels: Kernels, group_size, dtype):
-    weight, log_scale = make_case(group_size=group_size, dtype=dtype)
+    weight, log_scale = make_case(rows=7, group_size=group_size, dtype=dtype)
     grad = torch.randn_like(weight)
     arguments = (grad, weight, log_scale, 4, group_size, torch.bfloat16)
     actual = kernels.fake_quant_backward(*kernels.put(*arguments))
     exact = reference_backward(*to_double(*arguments))
     working = reference_backward(*arguments)
+    # The mask is exact: a gradient passes whole or not at all.
+    torch.testing.assert_close(actual[0].cpu(), working[0], rtol=0, atol=0)
     for name, *values in zip(
         ("grad_weight", "grad_log_scale"), actual, exact, working, strict=True
     ):
@@ -112,22 +161,42 @@ def test_gradient_of_scale_is_the_derivative():
     torch.testing.assert_close(actual.double(), derivative - through, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
-def test_end_codes_keep_their_gradient(bits):
+@pytest.mark.parametrize("repeats", [1, 16, 64])  # short groups, tiles, rows
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_end_codes_keep_their_gradient(kernels: Kernels, bits, repeats):
     lowest, highest = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    codes = torch.tensor(
-        [[lowest - 0.6, lowest - 0.4, lowest, highest, highest + 0.4, highest + 0.6]]
-    )
-    weight = (codes * 0.5).requires_grad_()
+    # -2^(b-1) - 1/2 is a tie that rounds to the end code, 2^(b-1) - 1/2 one that leaves the codes.
+    codes = [lowest - 0.6, lowest - 0.5, lowest, highest, highest + 0.4, highest + 0.5]
+    weight = torch.tensor([[*codes, torch.inf, -torch.inf]]).repeat(1, repeats) * 0.5
     log_scale = torch.full((1, 1), math.log(0.5))
-    fake_quant(weight, log_scale, bits=bits, group_size=-1).sum().backward()
-    assert weight.grad.tolist() == [[0, 1, 1, 1, 1, 0]]
+    arguments = (torch.ones_like(weight), weight, log_scale, bits, -1, torch.bfloat16)
+    grad, _ = kernels.fake_quant_backward(*kernels.put(*arguments))
+    assert grad.tolist() == [[0, 1, 1, 1, 1, 0, 0, 0] * repeats]
 
 
 def test_ties_round_to_even():
     weight = torch.tensor([[0.5, 1.5, 2.5, -0.5, -1.5, -2.5]])
     out = fake_quant(weight, torch.zeros(1, 1), group_size=-1)
     assert out.tolist() == [[0, 2, 2, 0, -2, -2]]
+
+
+@pytest.mark.parametrize("group_size", [20, 64, 96])  # elements, tiles, rows
+@pytest.mark.parametrize("scale_dtype", GRIDS)
+def test_scales_of_any_size(kernels: Kernels, scale_dtype, group_size):
+    # From where scales are held at 2^-17, through those by which the kernels cannot multiply
+    # instead of divide (2^96), to infinity; and weights from zero to the largest, and of the scale.
+    log_scale = torch.tensor([[-100, -11.9, -11.7, 0, 11.0, 66.0, 67.0, 88.0, 88.7, 100]]).t()
+    sizes = torch.tensor([0, 1e-45, 1e-30, 1e-5, 1, 1e30, 3e38]).repeat(10, group_size)
+    scale = scales_from_log(log_scale, scale_dtype).nan_to_num(posinf=1e38)
+    weight = torch.cat([sizes[:, :group_size], scale * torch.randn(10, group_size)], 1)
+    weight, log_scale = weight.contiguous(), log_scale.repeat(1, 2).contiguous()
+    arguments = (weight, log_scale, 4, group_size, scale_dtype)
+    actual = kernels.fake_quant(*kernels.put(*arguments))
+    expected = reference(*arguments)
+    torch.testing.assert_close(actual.cpu(), expected, rtol=0, atol=0, equal_nan=True)
+    arguments = (torch.ones_like(weight), *arguments)
+    actual, _ = kernels.fake_quant_backward(*kernels.put(*arguments))
+    torch.testing.assert_close(actual.cpu(), reference_backward(*arguments)[0], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("log_value", [-80.0, -20.0, 0.0, 20.0])
@@ -143,11 +212,17 @@ def test_extremes_stay_finite(kernels: Kernels, fill, log_value):
     assert all(g.isfinite().all() for g in grads)
 
 
-def test_not_a_number_spreads(kernels: Kernels):
-    weight = torch.tensor([[float("nan"), 1.0, float("inf"), -1.0]])
-    out = kernels.fake_quant(*kernels.put(weight, torch.zeros(1, 1), 4, -1, torch.bfloat16))
-    assert out.isnan().tolist() == [[True, False, False, False]]
-    assert out[0, 2].item() == 7
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("repeats", [1, 32, 96])  # short groups, tiles, rows
+def test_not_a_number_spreads(kernels: Kernels, repeats, dtype):
+    weight = torch.tensor([[torch.nan, 1, torch.inf, -torch.inf]]).repeat(1, repeats).to(dtype)
+    arguments = (weight, torch.zeros(1, 1), 4, -1, torch.bfloat16)
+    out = kernels.fake_quant(*kernels.put(*arguments)).cpu()
+    assert out[0].isnan().tolist() == [True, False, False, False] * repeats
+    assert out[0].nan_to_num(9).tolist() == [9, 1, 7, -8] * repeats
+    grads = kernels.fake_quant_backward(*kernels.put(torch.ones_like(weight), *arguments))
+    assert grads[0][0].tolist() == [0, 1, 0, 0] * repeats
+    assert grads[1].isnan().all()
 
 
 def test_scales_are_on_the_grid():
@@ -159,12 +234,13 @@ def test_scales_are_on_the_grid():
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
-def test_kernels_stay_inside_their_tensors(kernels: Kernels, dtype):
-    weight, log_scale = make_case(rows=5, groups=3, group_size=20, dtype=dtype)
+@pytest.mark.parametrize("group_size", [20, 64, 96])
+def test_kernels_stay_inside_their_tensors(kernels: Kernels, group_size, dtype):
+    weight, log_scale = make_case(rows=5, groups=3, group_size=group_size, dtype=dtype)
     cut = [windowed(t) for t in kernels.put(torch.randn_like(weight), weight, log_scale)]
     (grad, _), (w, _), (theta, _) = cut
-    out = kernels.fake_quant(w, theta, 4, 20, torch.bfloat16)
-    grads = kernels.fake_quant_backward(grad, w, theta, 4, 20, torch.bfloat16)
+    out = kernels.fake_quant(w, theta, 4, group_size, torch.bfloat16)
+    grads = kernels.fake_quant_backward(grad, w, theta, 4, group_size, torch.bfloat16)
     assert all(t.isfinite().all() for t in (out, *grads))
     for _, buffer in cut:
         assert_margins_untouched(buffer)
@@ -183,12 +259,23 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.grace.fake_quant, arguments)
 
 
-def test_compiles_without_graph_breaks():
-    compiled = torch.compile(fake_quant, fullgraph=True, backend="aot_eager")
-    for rows in (4, 6, 9):
-        weight, log_scale = make_case(rows)
-        actual = compiled(weight, log_scale, group_size=32)
-        torch.testing.assert_close(actual, fake_quant(weight, log_scale, group_size=32))
+def test_compiles_once_for_all_sizes():
+    torch._dynamo.reset()
+    compiled = torch.compile(fake_quant, fullgraph=True, backend="aot_eager", dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for rows in (4, 6, 9):
+            weight, log_scale = make_case(rows)
+            actual = compiled(weight, log_scale, group_size=32)
+            torch.testing.assert_close(actual, fake_quant(weight, log_scale, group_size=32))
+
+
+@pytest.mark.parametrize("group_size", [20, 64, 96])  # elements, tiles, rows
+@pytest.mark.parametrize("scale_dtype", GRIDS)
+def test_what_is_on_the_grid_stays_there(kernels: Kernels, scale_dtype, group_size):
+    weight, log_scale = kernels.put(*make_case(group_size=group_size))
+    settings = (log_scale, 4, group_size, scale_dtype)
+    once = kernels.fake_quant(weight, *settings)
+    assert torch.equal(kernels.fake_quant(once, *settings), once)
 
 
 def test_non_contiguous_input():

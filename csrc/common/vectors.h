@@ -1,0 +1,72 @@
+// Sixteen bytes of a tensor at a time, in registers and as floats.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "common/launch.h"
+#include "common/numeric.h"
+
+namespace grace {
+
+template <typename T>
+constexpr int kPerVector = 16 / sizeof(T);  // elements of sixteen bytes
+
+inline bool is_vector_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+// Of memory that nothing writes while the kernel runs.
+template <typename T>
+__device__ __forceinline__ uint4 load_vector(const T* from) {
+  return __ldg(reinterpret_cast<const uint4*>(from));
+}
+
+template <typename T>
+__device__ __forceinline__ void store_vector(T* to, uint4 vector) {
+  *reinterpret_cast<uint4*>(to) = vector;
+}
+
+// Two floats rounded to T, the first in the low half.
+template <typename T>
+__device__ __forceinline__ uint32_t pack_pair(float first, float second) {
+#if defined(__CUDA_ARCH__)
+  uint32_t pair;
+  if constexpr (std::is_same_v<T, bf16>) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+  }
+  return pair;
+#else
+  return from_float<T>(first).bits | uint32_t{from_float<T>(second).bits} << 16;
+#endif
+}
+
+template <typename T>
+__device__ __forceinline__ void unpack_vector(uint4 vector, float (&to)[kPerVector<T>]) {
+  const uint32_t words[4] = {vector.x, vector.y, vector.z, vector.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (std::is_same_v<T, float>) {
+      to[i] = float_of_bits(words[i]);
+    } else {
+      to[2 * i] = to_float(T{static_cast<uint16_t>(words[i])});
+      to[2 * i + 1] = to_float(T{static_cast<uint16_t>(words[i] >> 16)});
+    }
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ uint4 pack_vector(const float (&from)[kPerVector<T>]) {
+  uint32_t words[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (std::is_same_v<T, float>) {
+      words[i] = bits_of(from[i]);
+    } else {
+      words[i] = pack_pair<T>(from[2 * i], from[2 * i + 1]);
+    }
+  }
+  return {words[0], words[1], words[2], words[3]};
+}
+
+}  // namespace grace

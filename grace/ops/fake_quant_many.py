@@ -1,0 +1,158 @@
+"""`fake_quant` of many weights in a few launches: the same numbers, bit for bit.
+
+A launch takes up to 64 weights, each with blocks of its own; weights whose groups lie differently
+in memory (`csrc/ops/fake_quant/kernels.h`) need a launch a kind. Formulas are in
+``grace.ops.fake_quant``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grace import _library
+from grace.ops._checks import require
+from grace.ops.fake_quant import check_arguments, fake_quant
+from grace.ops.fake_quant import reference as _reference_one
+from grace.ops.fake_quant import reference_backward as _reference_backward_one
+
+_ARGUMENTS = (
+    "Tensor[] weights, Tensor[] log_scales, int bits, int group_size, ScalarType? scale_dtype"
+)
+_library.define("fake_quant_many", f"({_ARGUMENTS}) -> Tensor[]")
+_library.define(
+    "fake_quant_many_backward", f"(Tensor[] grads, {_ARGUMENTS}) -> (Tensor[], Tensor[])"
+)
+
+
+def fake_quant_many(
+    weights: Sequence[Tensor],
+    log_scales: Sequence[Tensor],
+    *,
+    bits: int = 4,
+    group_size: int = 128,
+    scale_dtype: torch.dtype | None = torch.bfloat16,
+) -> list[Tensor]:
+    """Quantizes every weight to ``bits`` and back; differentiable in weights and log-scales.
+
+    On a CPU it is `fake_quant` of one after another. Holds every ŵ at once: as many bytes as the
+    weights themselves.
+
+    Args:
+        weights: each [N, K], of one dtype (float32, bfloat16 or float16) on one device.
+        log_scales: for each weight, float32 [N, K / group_size].
+        bits: 2 to 8.
+        group_size: divides every K, or −1 for one group a row.
+        scale_dtype: grid that scales are rounded to: bfloat16, float16, or None for none.
+
+    Returns:
+        ŵ for every weight, in its dtype.
+
+    Raises:
+        ValueError: for any other bits, group size, shape, dtype or number of log-scales.
+    """
+    _check(weights, log_scales, bits, group_size, scale_dtype)
+    if not weights or not weights[0].is_cuda:
+        return [
+            fake_quant(w, t, bits=bits, group_size=group_size, scale_dtype=scale_dtype)
+            for w, t in zip(weights, log_scales, strict=True)
+        ]
+    return torch.ops.grace.fake_quant_many(
+        [w.contiguous() for w in weights],
+        [t.contiguous() for t in log_scales],
+        bits,
+        group_size,
+        scale_dtype,
+    )
+
+
+def _check(
+    weights: Sequence[Tensor],
+    log_scales: Sequence[Tensor],
+    bits: int,
+    group_size: int,
+    scale_dtype: torch.dtype | None,
+) -> None:
+    op = "fake_quant_many"
+    many = len(weights)
+    require(len(log_scales) == many, op, "log_scales", f"be {many} like weights", len(log_scales))
+    for weight, log_scale in zip(weights, log_scales, strict=True):
+        check_arguments(op, weight, log_scale, bits, group_size, scale_dtype)
+        first = weights[0]
+        require(weight.dtype == first.dtype, op, "weights", f"all be {first.dtype}", weight.dtype)
+        on = f"all be on {first.device}"
+        require(weight.device == first.device, op, "weights", on, weight.device)
+
+
+@_library.reference("fake_quant_many")
+def reference(
+    weights: list[Tensor],
+    log_scales: list[Tensor],
+    bits: int,
+    group_size: int,
+    scale_dtype: torch.dtype | None,
+) -> list[Tensor]:
+    """The reference of fake_quant on one weight after another."""
+    settings = (bits, group_size, scale_dtype)
+    return [_reference_one(w, t, *settings) for w, t in zip(weights, log_scales, strict=True)]
+
+
+@_library.reference("fake_quant_many_backward")
+def reference_backward(
+    grads: list[Tensor],
+    weights: list[Tensor],
+    log_scales: list[Tensor],
+    bits: int,
+    group_size: int,
+    scale_dtype: torch.dtype | None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Gradients in weights and in log-scales."""
+    settings = (bits, group_size, scale_dtype)
+    pairs = [
+        _reference_backward_one(*tensors, *settings)
+        for tensors in zip(grads, weights, log_scales, strict=True)
+    ]
+    return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+
+
+@_library.fake("fake_quant_many")
+def _(
+    weights: list[Tensor], log_scales: list[Tensor], bits: int, group_size: int, scale_dtype: Any
+) -> list[Tensor]:
+    return [torch.empty_like(w) for w in weights]
+
+
+@_library.fake("fake_quant_many_backward")
+def _(
+    grads: list[Tensor],
+    weights: list[Tensor],
+    log_scales: list[Tensor],
+    bits: int,
+    group_size: int,
+    scale_dtype: Any,
+) -> tuple[list[Tensor], list[Tensor]]:
+    return [torch.empty_like(w) for w in weights], [torch.empty_like(t) for t in log_scales]
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    weights, log_scales, *ctx.settings = inputs
+    ctx.save_for_backward(*weights, *log_scales)  # the optimizer holds them: nothing is kept
+
+
+def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    saved = ctx.saved_tensors
+    weights, log_scales = list(saved[: len(grads)]), list(saved[len(grads) :])
+    given = [
+        torch.zeros_like(w) if g is None else g.contiguous()
+        for g, w in zip(grads, weights, strict=True)
+    ]
+    made = torch.ops.grace.fake_quant_many_backward(given, weights, log_scales, *ctx.settings)
+    return (*made, None, None, None)
+
+
+torch.library.register_autograd(
+    "grace::fake_quant_many", _backward, setup_context=_save_for_backward
+)
