@@ -280,9 +280,9 @@ def reference_backward_in_place(
     *settings: Any,
 ) -> None:
     """The same in the student's place, of a slice of the columns (see the schema)."""
-    *settings, first, classes, shared = settings
+    *row_settings, first, classes, shared = settings
     inputs = (grad_loss, grad_ce, student, teacher, labels, saved)
-    student.copy_(_gradient(*inputs, *settings, first=first, classes=classes, shared=shared))
+    student.copy_(_gradient(*inputs, *row_settings, first=first, classes=classes, shared=shared))
 
 
 def _gradient(

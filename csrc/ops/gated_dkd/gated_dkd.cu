@@ -10,9 +10,9 @@ namespace grace::gated_dkd {
 namespace {
 
 constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kBlocksPerSm = 4;       // 64 registers a thread
-constexpr int kPartClasses = 32768;   // of a row, that a block of the backward does
-constexpr float kLeftOut = -2e30f;    // as a logit, of the target: adds 0 to every sum
+constexpr int kBlocksPerSm = 4;          // 64 registers a thread
+constexpr int kPartClasses = 32768;      // of a row, that a block of the backward does
+constexpr float kLeftOut = -2e30f;       // as a logit, of the target: adds 0 to every sum
 constexpr float kMinTemperature = 0.1f;  // of the one-pass sums: below, 2^(kSlack/T)² is large
 
 // A row's logits.
@@ -71,11 +71,10 @@ __device__ __forceinline__ StudentSums exchange(const StudentSums& sums, int lan
 }
 
 __device__ __forceinline__ TeacherSums exchange(const TeacherSums& sums, int lanes) {
-  return {__shfl_xor_sync(kFullWarp, sums.m, lanes),
-          __shfl_xor_sync(kFullWarp, sums.tempered, lanes),
-          __shfl_xor_sync(kFullWarp, sums.plain, lanes),
-          __shfl_xor_sync(kFullWarp, sums.depth, lanes),
-          __shfl_xor_sync(kFullWarp, sums.cross, lanes)};
+  return {
+      __shfl_xor_sync(kFullWarp, sums.m, lanes), __shfl_xor_sync(kFullWarp, sums.tempered, lanes),
+      __shfl_xor_sync(kFullWarp, sums.plain, lanes), __shfl_xor_sync(kFullWarp, sums.depth, lanes),
+      __shfl_xor_sync(kFullWarp, sums.cross, lanes)};
 }
 
 // Sums of the block in every thread. Both partners of an exchange add the same two numbers, and
@@ -386,8 +385,10 @@ int classes_of(const Tensor& logits) {
 template <typename F>
 void dispatch(const Tensor& logits, double temperature, const char* op, F&& f) {
   dispatch_floating(logits.scalar_type(), op, [&](auto element) {
-    if (temperature == 2.0) f(element, std::true_type{});
-    else f(element, std::false_type{});
+    if (temperature == 2.0)
+      f(element, std::true_type{});
+    else
+      f(element, std::false_type{});
   });
 }
 
@@ -397,8 +398,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_dkd_cuda(const Tensor& student,
                                                           const Tensor& teacher,
                                                           const Tensor& labels, double temperature,
                                                           double alpha, double beta,
-                                                          int64_t ignore_index,
-                                                          bool /*in_place*/) {
+                                                          int64_t ignore_index, bool /*in_place*/) {
   const int64_t n = student.size(0);
   Tensor loss = empty_float(student, {n});
   Tensor gate = empty_float(student, {n});
@@ -407,10 +407,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_dkd_cuda(const Tensor& student,
   if (n == 0) return {loss, gate, cross_entropy, saved};
   dispatch(student, temperature, "gated_dkd", [&](auto element, auto square) {
     using T = decltype(element);
-    launch(gated_dkd_kernel<square(), T>, {dim3(n), kThreads}, device_of(student),
-           data<T>(student), data<T>(teacher), data<int64_t>(labels), data<float>(loss),
-           data<float>(gate), data<float>(cross_entropy), data<float>(saved), classes_of(student),
-           classes_of(teacher), ignore_index, settings_of(temperature, alpha, beta));
+    launch(gated_dkd_kernel<square(), T>, {dim3(n), kThreads}, device_of(student), data<T>(student),
+           data<T>(teacher), data<int64_t>(labels), data<float>(loss), data<float>(gate),
+           data<float>(cross_entropy), data<float>(saved), classes_of(student), classes_of(teacher),
+           ignore_index, settings_of(temperature, alpha, beta));
   });
   return {loss, gate, cross_entropy, saved};
 }
@@ -456,10 +456,9 @@ Tensor gated_dkd_backward_cuda(const Tensor& grad_loss, const Tensor& grad_cross
 // Classes `first` and on of whole logits of so many classes, the gradient in the student's place.
 void gated_dkd_backward_in_place_cuda(const Tensor& grad_loss, const Tensor& grad_cross_entropy,
                                       const Tensor& student, const Tensor& teacher,
-                                      const Tensor& labels, const Tensor& saved,
-                                      double temperature, double alpha, double beta,
-                                      int64_t ignore_index, int64_t first, int64_t classes,
-                                      int64_t shared) {
+                                      const Tensor& labels, const Tensor& saved, double temperature,
+                                      double alpha, double beta, int64_t ignore_index,
+                                      int64_t first, int64_t classes, int64_t shared) {
   const Backward backward = {grad_loss, grad_cross_entropy, student, teacher, labels, saved};
   backward(student, {first, classes, shared}, temperature, alpha, beta, ignore_index);
 }

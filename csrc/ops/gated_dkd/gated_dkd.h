@@ -1,8 +1,8 @@
 // Arithmetic of gated_dkd (see grace/ops/gated_dkd.py for the formulas).
 //
-// Everything is powers of two: e^((z − m)/T) = 2^(z·c − m·c), c = log2(e)/T, is one multiply-add and
-// one instruction of the special function unit, and at T = 2 its square is e^(z − m). What m·c loses
-// to rounding is the same for every class and known exactly, so it is given back once a row.
+// Everything is powers of two: e^((z − m)/T) = 2^(z·c − m·c), c = log2(e)/T, is one multiply-add
+// and one instruction of the special function unit, and at T = 2 its square is e^(z − m). What m·c
+// loses to rounding is the same for every class and known exactly, so it is given back once a row.
 // Sums over a row's classes are taken in one pass relative to a logit m met so far, that one larger
 // by more than kSlack replaces. The target class stays out of the sums and joins at the end.
 #pragma once
@@ -105,7 +105,8 @@ struct TeacherSums {
   GRACE_HOST_DEVICE void raise(float to, const Settings& s) {
     if (!(to > m)) return;
     const float step = offset_of(m, s.log2_scale) - offset_of(to, s.log2_scale);
-    const float tempered_factor = power(step), plain_factor = power(offset_of(m, kLog2E) - offset_of(to, kLog2E));
+    const float tempered_factor = power(step),
+                plain_factor = power(offset_of(m, kLog2E) - offset_of(to, kLog2E));
     tempered *= tempered_factor;
     cross *= tempered_factor;
     depth = plain_factor * fmaf(step, plain, depth);
@@ -188,7 +189,7 @@ GRACE_HOST_DEVICE Row distill(const StudentSums& student, TeacherSums teacher, f
 
 // What the gradient at any class of a row needs.
 struct RowGradient {
-  float student, teacher;  // T · log-sum-exp of z/T and of w/T beside the target
+  float student, teacher;  // log-sum-exp of z/T and of w/T beside the target
   float beta;              // factor of q_s − q_t
   float gap;               // factor of e_t − q_s
   float log_sum;           // log-sum-exp of z
@@ -199,8 +200,8 @@ struct RowGradient {
 GRACE_HOST_DEVICE RowGradient row_gradient(const float* saved, float grad_loss, float grad_ce,
                                            const Settings& s) {
   const float rest = saved[kLogRestStudent], log_sum = saved[kLogSumStudent];
-  return {s.temperature * rest,
-          s.temperature * saved[kLogRestTeacher],
+  return {rest,
+          saved[kLogRestTeacher],
           s.temperature * grad_loss * s.beta,
           s.temperature * grad_loss * s.alpha * saved[kProbabilityGap],
           log_sum,
@@ -216,8 +217,8 @@ GRACE_HOST_DEVICE float cross_entropy_gradient(float z, const RowGradient& row) 
 // At a class beside the target.
 template <bool kSquare, bool kCrossEntropy>
 GRACE_HOST_DEVICE float gradient_of(float z, float w, const RowGradient& row, const Settings& s) {
-  const float q_student = power((z - row.student) * s.log2_scale);
-  const float q_teacher = power((w - row.teacher) * s.log2_scale);
+  const float q_student = power(fmaf(z, s.inverse_temperature, -row.student) * kLog2E);
+  const float q_teacher = power(fmaf(w, s.inverse_temperature, -row.teacher) * kLog2E);
   float grad = row.beta * (q_student - q_teacher) - row.gap * q_student;
   if constexpr (kCrossEntropy && kSquare) grad += row.square * (q_student * q_student);
   if constexpr (kCrossEntropy && !kSquare) grad += cross_entropy_gradient(z, row);
