@@ -125,6 +125,15 @@ def test_large_vocabularies(kernels: Kernels, vs, vt, dtype):
     assert_row_accurate(kernels, (student, teacher, torch.tensor([0, IGNORE, min(vs, vt) - 1])))
 
 
+def test_one_row_that_counts(kernels: Kernels):
+    student, teacher, labels = make_case(5, dtype=torch.bfloat16)
+    labels.fill_(IGNORE)
+    labels[2] = 95
+    assert_row_accurate(kernels, (student, teacher, labels))
+    alone = gated_dkd(student[2:3], teacher[2:3], labels[2:3])
+    torch.testing.assert_close(gated_dkd(student, teacher, labels), alone)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_logits_that_grow_along_a_row(kernels: Kernels, dtype):
     """Every sum is rescaled again and again, by a little and by a lot."""
@@ -395,10 +404,12 @@ def test_slices_in_place_make_up_the_gradient(kernels: Kernels, vs, vt, width, d
     grads = tuple(torch.randn(2, len(labels)).to(saved.device))
     expected = kernels.gated_dkd_backward(*grads, student, teacher, labels, saved, *SETTINGS)
     for first in range(0, vs, width):
-        part, other = (x[:, first : first + width].contiguous() for x in (student, teacher))
+        columns = slice(first, first + width)
+        (part, around), (other, _) = (windowed(x[:, columns]) for x in (student, teacher))
         rest = (other, labels, saved, *SETTINGS, first, vs, min(vs, vt))
         assert kernels.gated_dkd_backward_(*grads, part, *rest) is None
-        torch.testing.assert_close(part, expected[:, first : first + width])
+        torch.testing.assert_close(part, expected[:, columns])
+        assert_margins_untouched(around)
 
 
 def test_backward_in_place_is_where_the_logits_were():

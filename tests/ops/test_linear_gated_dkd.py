@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from typing import Any
 
@@ -209,6 +210,34 @@ def test_ignored_rows_leak_nothing(device, trains):
     (0.7 * losses[0] + 1.3 * losses[1]).backward()
     actual = [*losses, leaves[0].grad, *([leaves[1].grad] if trains else [])]
     torch.testing.assert_close(actual, expected[: len(actual)])
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_rows_that_do_not_count_may_be_computed_too(monkeypatch, trains):
+    """What labels on a GPU lead to, here on the host."""
+    case = list(make_case())
+    case[1].requires_grad_(trains)
+    for hidden in (case[0], case[2]):
+        hidden[case[4] == IGNORE] = math.nan
+
+    def results() -> list[Tensor]:
+        leaves = [case[0].clone().requires_grad_(), *([case[1]] if trains else [])]
+        losses = linear_gated_dkd(leaves[0], *case[1:], chunk_size=2)
+        return [*losses, *torch.autograd.grad(0.7 * losses[0] + 1.3 * losses[1], leaves)]
+
+    expected = results()
+    module = importlib.import_module("grace.ops.linear_gated_dkd")
+    monkeypatch.setattr(module, "_counting", lambda *_: slice(None))
+    torch.testing.assert_close(results(), expected)
+
+
+@pytest.mark.parametrize("chunk_size", [1, None])
+def test_one_row_that_counts(chunk_size):
+    case = make_case(5)
+    labels = torch.full((5,), IGNORE)
+    labels[3] = 26
+    actual = with_gradients(linear_gated_dkd, (*case[:4], labels), chunk_size=chunk_size)
+    torch.testing.assert_close(actual, with_gradients(through_whole_logits, (*case[:4], labels)))
 
 
 @pytest.mark.gpu

@@ -330,7 +330,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
                               T* grad_student,                  // [n, columns]
                               int columns, int teacher_columns, int parts, Slice slice,
                               int64_t ignore_index, Settings settings) {
-  const int64_t row = blockIdx.x / parts;
+  // The last rows first: of those the cache may still hold what the forward read.
+  const int64_t row = (gridDim.x - 1 - blockIdx.x) / parts;
   const int begin = static_cast<int>(blockIdx.x % parts) * kPartClasses;
   const int end = columns - begin < kPartClasses ? columns : begin + kPartClasses;
   const int64_t label = labels[row];
