@@ -13,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import assert_accurate, to_double
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from grace.ops import gated_dkd, linear_gated_dkd
 from grace.ops._checks import accumulate_dtype
@@ -266,6 +268,42 @@ def test_keeps_no_logits_for_the_backward():
     ):
         linear_gated_dkd(*case)
     assert max(sizes) <= max(t.numel() for t in case)
+
+
+class Storages(TorchDispatchMode):
+    """Bytes of every storage that is made, largest first."""
+
+    def __init__(self, *known: Tensor) -> None:
+        super().__init__()
+        self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
+        self.made: set[tuple[int, int]] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                self.made.add((storage.nbytes(), storage.data_ptr()))
+        return result
+
+    def largest(self) -> list[int]:
+        return sorted((size for size, place in self.made if place not in self.known), reverse=True)
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_memory_is_that_of_a_chunk_and_the_gradients(trains):
+    n, vocabulary, chunk_size = 256, 4096, 8
+    shapes = ((n, 64), (vocabulary, 64), (n, 64), (vocabulary, 64))
+    case = (*map(torch.randn, shapes), torch.randint(0, vocabulary, (n,)))
+    case[0].requires_grad_()
+    case[1].requires_grad_(trains)
+    with Storages(*case) as storages:
+        sum(linear_gated_dkd(*case, chunk_size=chunk_size)).backward()
+    sizes = storages.largest()
+    if trains:
+        assert sizes.pop(0) == case[1].nbytes  # of the gradients, that of the head is the only one
+    vectors = 2 * case[0].nbytes  # kept with a frozen head
+    assert sizes[0] <= max(chunk_size * vocabulary * 4, vectors)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
