@@ -141,11 +141,22 @@ def default_chunk_size(student_head: Tensor, teacher_head: Tensor) -> int:
 
 def slice_width(classes: int, rows: int, chunk_size: int) -> int:
     """Classes of a slice: of all rows they are as many logits as ``chunk_size`` whole rows have."""
-    return max(1, _even(min(classes, chunk_size * classes // max(1, rows))))
+    most = max(1, _even(min(classes, chunk_size * classes // max(1, rows))))
+    return _balanced(classes, most)
 
 
 def _even(count: int) -> int:
     return count - count % _EVEN if count > _EVEN else count
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _balanced(total: int, most: int) -> int:
+    """Size of the parts where ``total`` is shared by the fewest that are at most ``most`` large."""
+    each = _ceil_div(total, max(1, _ceil_div(total, most)))
+    return max(1, min(most, _ceil_div(each, _EVEN) * _EVEN))
 
 
 def _whole(head: Tensor) -> Tensor:
@@ -182,12 +193,13 @@ def _counting(labels: Tensor, hidden: Tensor, ignore_index: int) -> Tensor | sli
 
 
 def _chunks(labels: Tensor, hidden: Tensor, ignore_index: int, size: int) -> Iterator[Any]:
-    """Indices of ``size`` of the rows to compute at a time."""
+    """Indices of the rows to compute, at most ``size`` at a time."""
     rows = _counting(labels, hidden, ignore_index)
     if isinstance(rows, Tensor):
-        yield from rows.split(size)
+        yield from rows.split(_balanced(len(rows), size))
     else:
-        yield from (slice(i, i + size) for i in range(0, labels.shape[0], size))
+        size = _balanced(len(labels), size)
+        yield from (slice(i, i + size) for i in range(0, len(labels), size))
 
 
 def _no_autocast(tensor: Tensor) -> torch.autocast:

@@ -321,6 +321,7 @@ def test_slices_hold_as_many_logits_as_chunks():
         assert 1 <= width <= 151936
         assert rows * width <= max(chunk_size * 151936, rows)
     assert slice_width(151936, 8192, 640) % 128 == 0
+    assert slice_width(151936, 2048, 640) == 38016  # four slices alike, the last a little smaller
 
 
 @pytest.mark.parametrize("keep_gradients", [True, False])
@@ -381,11 +382,61 @@ def _sharded_head(rank: int, ranks: int, rendezvous: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+class Student(torch.nn.Module):
+    """Hidden states behind a layer, and a head; runs ``inside`` where FSDP2 has the head whole."""
+
+    def __init__(self, head: Tensor) -> None:
+        super().__init__()
+        self.body = torch.nn.Linear(head.shape[1], head.shape[1], bias=False)
+        torch.nn.init.eye_(self.body.weight)
+        self.head = torch.nn.Linear(head.shape[1], head.shape[0], bias=False)
+        self.head.weight.data.copy_(head)
+
+    def forward(self, x: Tensor, inside: Any = None) -> Tensor:
+        hidden = self.body(x)
+        self.head(hidden[:1])
+        return hidden if inside is None else inside(hidden, self.head.weight)
+
+
+def _fsdp2(rank: int, ranks: int, rendezvous: str) -> None:
+    """Gradients of FSDP2's parameters, whether the head is sharded or not when it is used."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import init_device_mesh
+
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=ranks
+    )
+    mesh = init_device_mesh("cpu", (ranks,))
+    torch.manual_seed(0)
+    cases = [make_case(n) for n in (9, 4)]
+    head, teacher_head = cases[0][1], cases[0][3]
+    wholes = [
+        with_gradients(linear_gated_dkd, (x[0], head, x[2], teacher_head, x[4])) for x in cases
+    ]
+    mean = sum(results[3] for results in wholes) / ranks
+    hidden, _, teacher, _, labels = cases[rank]
+
+    def losses(hidden: Tensor, weight: Tensor) -> Tensor:
+        ce, gdkd = linear_gated_dkd(hidden, weight, teacher, teacher_head, labels)
+        return 0.7 * ce + 1.3 * gdkd
+
+    for inside, alone in ((True, False), (False, False), (False, True)):
+        student = Student(head)
+        if alone:  # sharded again behind its own forward
+            fully_shard(student.head, mesh=mesh)
+        fully_shard(student, mesh=mesh)
+        if inside:
+            student(hidden, losses).backward()
+        else:
+            losses(student(hidden), student.head.weight).backward()
+        torch.testing.assert_close(student.head.weight.grad.full_tensor(), mean)
+    torch.distributed.destroy_process_group()
+
+
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_sharded_heads_are_gathered(tmp_path, ranks):
-    arguments = (ranks, str(tmp_path / "rendezvous"))
-    torch.multiprocessing.spawn(_sharded_head, arguments, nprocs=ranks)
+@pytest.mark.parametrize(("ranks", "check"), [(1, _sharded_head), (2, _sharded_head), (2, _fsdp2)])
+def test_sharded_heads(tmp_path, ranks, check):
+    torch.multiprocessing.spawn(check, (ranks, str(tmp_path / "rendezvous")), nprocs=ranks)
 
 
 @pytest.mark.parametrize("gate", [True, False])
