@@ -108,10 +108,45 @@ __device__ __forceinline__ void for_each(int count, int offset, const Load& load
     use.template operator()<1>(j, load.template operator()<1>(j));
 }
 
+// A row's logits.
+template <typename T>
+struct Line {
+  const T* student;  // [classes]
+  const T* teacher;  // [at least shared]
+  int classes;
+  int shared;  // classes that both have
+  int target;
+};
+
 // Logits of both models at the same classes.
 template <typename T, int N>
 struct Pair {
   Vector<T, N> student, teacher;
 };
+
+// use.template operator()<N>(first, z, w) for all classes that both have; `third` is of the rows
+// that may not be wide where they lie differently.
+template <typename T, typename Use>
+__device__ __forceinline__ void for_shared(const Line<T>& line, const T* third, const Use& use) {
+  const auto load_both = [&]<int N>(int first) {
+    return Pair<T, N>{load<N>(line.student + first), load<N>(line.teacher + first)};
+  };
+  const auto use_both = [&]<int N>(int first, const Pair<T, N>& pair) {
+    float z[N], w[N];
+    unpack(pair.student, z);
+    unpack(pair.teacher, w);
+    use.template operator()<N>(first, z, w);
+  };
+  const int offset = misalignment(line.student);
+  const bool even = offset == misalignment(line.teacher) && offset == misalignment(third);
+  for_each<T>(line.shared, even ? offset : kUneven, load_both, use_both);
+}
+
+// use(z) for all classes that the student alone has.
+template <typename T, typename Use>
+__device__ __forceinline__ void for_padding(const Line<T>& line, const Use& use) {
+  for (int i = line.shared + static_cast<int>(threadIdx.x); i < line.classes; i += kThreads)
+    use(to_float(line.student[i]));
+}
 
 }  // namespace grace::gated_dkd
