@@ -141,8 +141,8 @@ def default_chunk_size(student_head: Tensor, teacher_head: Tensor) -> int:
 
 def slice_width(classes: int, rows: int, chunk_size: int) -> int:
     """Classes of a slice: of all rows they are as many logits as ``chunk_size`` whole rows have."""
-    most = max(1, _even(min(classes, chunk_size * classes // max(1, rows))))
-    return _balanced(classes, most)
+    most = chunk_size * classes // max(1, rows)
+    return classes if most >= classes else _balanced(classes, max(1, _even(most)))
 
 
 def _even(count: int) -> int:

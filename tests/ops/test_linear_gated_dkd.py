@@ -321,6 +321,7 @@ def test_slices_hold_as_many_logits_as_chunks():
         assert 1 <= width <= 151936
         assert rows * width <= max(chunk_size * 151936, rows)
     assert slice_width(151936, 8192, 640) % 128 == 0
+    assert slice_width(32064, 100, 640) == 32064
     assert slice_width(151936, 2048, 640) == 38016  # four slices alike, the last a little smaller
 
 
