@@ -132,15 +132,6 @@ struct TeacherSums {
     add<false>(w, counts == 0.0f ? w : z, s);
   }
 
-  GRACE_HOST_DEVICE void merge(TeacherSums other, const Settings& s) {
-    raise(other.m, s);
-    other.raise(m, s);
-    tempered += other.tempered;
-    plain += other.plain;
-    depth += other.depth;
-    cross += other.cross;
-  }
-
   GRACE_HOST_DEVICE float log_tempered(const Settings& s) const {
     return logf(tempered) - kLn2 * excess(m, s.log2_scale);
   }

@@ -10,37 +10,40 @@ constexpr int kWarps = kThreads / kWarpSize;
 constexpr float kLeftOut = -2e30f;       // as a logit, of the target: adds 0 to every sum
 constexpr float kMinTemperature = 0.1f;  // of the one-pass sums: below, 2^(kSlack/T)² is large
 
-__device__ __forceinline__ StudentSums exchange(const StudentSums& sums, int lanes) {
-  return {__shfl_xor_sync(kFullWarp, sums.m, lanes),
-          __shfl_xor_sync(kFullWarp, sums.tempered, lanes),
-          __shfl_xor_sync(kFullWarp, sums.plain, lanes)};
-}
-
-__device__ __forceinline__ TeacherSums exchange(const TeacherSums& sums, int lanes) {
-  return {
-      __shfl_xor_sync(kFullWarp, sums.m, lanes), __shfl_xor_sync(kFullWarp, sums.tempered, lanes),
-      __shfl_xor_sync(kFullWarp, sums.plain, lanes), __shfl_xor_sync(kFullWarp, sums.depth, lanes),
-      __shfl_xor_sync(kFullWarp, sums.cross, lanes)};
-}
-
-// Sums of the block in every thread. Both partners of an exchange add the same two numbers, and
-// warps are added in order, so the result is bitwise repeatable.
-template <typename Sums>
-__device__ __forceinline__ void block_merge(Sums& sums, Sums* scratch, const Settings& s) {
-#pragma unroll
-  for (int lanes = kWarpSize / 2; lanes > 0; lanes /= 2) sums.merge(exchange(sums, lanes), s);
-  __syncthreads();  // the scratch may still be read from an earlier call
-  if (threadIdx.x % kWarpSize == 0) scratch[threadIdx.x / kWarpSize] = sums;
-  __syncthreads();
-  sums = scratch[0];
-#pragma unroll 1
-  for (int warp = 1; warp < kWarps; ++warp) sums.merge(scratch[warp], s);
-}
-
 struct Scratch {
-  StudentSums student[kWarps];
-  TeacherSums teacher[kWarps];
+  float of_warp[kWarps][6];
 };
+
+// Combines N numbers over the block, in every thread. Both partners of an exchange combine the same
+// two, and warps follow one another, so the result is bitwise repeatable.
+template <int N, typename Combine>
+__device__ __forceinline__ void block_reduce(float (&x)[N], Scratch& scratch,
+                                             const Combine& combine) {
+#pragma unroll
+  for (int lanes = kWarpSize / 2; lanes > 0; lanes /= 2)
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] = combine(x[i], __shfl_xor_sync(kFullWarp, x[i], lanes));
+  __syncthreads();  // the scratch may still be read from an earlier call
+#pragma unroll
+  for (int i = 0; i < N; ++i)
+    if (threadIdx.x % kWarpSize == 0) scratch.of_warp[threadIdx.x / kWarpSize][i] = x[i];
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    x[i] = scratch.of_warp[0][i];
+    for (int warp = 1; warp < kWarps; ++warp) x[i] = combine(x[i], scratch.of_warp[warp][i]);
+  }
+}
+
+template <int N>
+__device__ __forceinline__ void block_max(float (&x)[N], Scratch& scratch) {
+  block_reduce(x, scratch, [](float a, float b) { return fmaxf(a, b); });
+}
+
+template <int N>
+__device__ __forceinline__ void block_sum(float (&x)[N], Scratch& scratch) {
+  block_reduce(x, scratch, [](float a, float b) { return a + b; });
+}
 
 // Over a row's classes: of the shared ones beside the target, and of the student's padding. Logits
 // are less the shifts.
@@ -52,19 +55,36 @@ struct RowSums {
   float teacher_shift = 0.0f;
 
   template <typename T>
-  __device__ __forceinline__ void add_padding(const Line<T>& line, const Settings& s) {
+  __device__ __forceinline__ void add_padding(const Line<T>& line, Scratch& scratch,
+                                              const Settings& s) {
     for_padding(line, [&](float z) {
       z -= student_shift;
       padding.raise(z, s);
       padding.add<false>(z, s);
     });
+    merge_padding(scratch, s);
   }
 
-  __device__ __forceinline__ void merge_block(bool with_padding, Scratch& scratch,
-                                              const Settings& s) {
-    block_merge(student, scratch.student, s);
-    block_merge(teacher, scratch.teacher, s);
-    if (with_padding) block_merge(padding, scratch.student, s);
+  // All threads rescale to the largest m, so that the rest is adding up.
+  __device__ __forceinline__ void merge_block(Scratch& scratch, const Settings& s) {
+    float m[] = {student.m, teacher.m};
+    block_max(m, scratch);
+    student.raise(m[0], s);
+    teacher.raise(m[1], s);
+    float sums[] = {student.tempered, student.plain, teacher.tempered,
+                    teacher.plain,    teacher.depth, teacher.cross};
+    block_sum(sums, scratch);
+    student = {m[0], sums[0], sums[1]};
+    teacher = {m[1], sums[2], sums[3], sums[4], sums[5]};
+  }
+
+  __device__ __forceinline__ void merge_padding(Scratch& scratch, const Settings& s) {
+    float m[] = {padding.m};
+    block_max(m, scratch);
+    padding.raise(m[0], s);
+    float sums[] = {padding.tempered, padding.plain};
+    block_sum(sums, scratch);
+    padding = {m[0], sums[0], sums[1]};
   }
 };
 
@@ -101,18 +121,9 @@ __device__ __forceinline__ RowSums sums_of(const Line<T>& line, Scratch& scratch
   });
   sums.student = student;
   sums.teacher = teacher;
-  sums.add_padding(line, s);
-  sums.merge_block(line.classes > line.shared, scratch, s);
+  sums.merge_block(scratch, s);
+  if (line.classes > line.shared) sums.add_padding(line, scratch, s);
   return sums;
-}
-
-__device__ __forceinline__ float block_max(float max, float* scratch) {
-  max = warp_max(max);
-  __syncthreads();
-  if (threadIdx.x % kWarpSize == 0) scratch[threadIdx.x / kWarpSize] = max;
-  __syncthreads();
-  for (int warp = 0; warp < kWarps; ++warp) max = fmaxf(max, scratch[warp]);
-  return max;
 }
 
 // Two passes for rows that one pass cannot do: the largest logits first, then sums of what is less
@@ -120,16 +131,16 @@ __device__ __forceinline__ float block_max(float max, float* scratch) {
 template <typename T>
 __device__ __noinline__ RowSums careful_sums_of(const Line<T>& line, Scratch& scratch,
                                                 const Settings& s) {
-  __shared__ float maxima[kWarps];
-  float student_max = -kInfinity, teacher_max = -kInfinity;
+  float largest[] = {-kInfinity, -kInfinity};
   for (int i = threadIdx.x; i < line.shared; i += kThreads) {
     if (i == line.target) continue;
-    student_max = fmaxf(student_max, to_float(line.student[i]));
-    teacher_max = fmaxf(teacher_max, to_float(line.teacher[i]));
+    largest[0] = fmaxf(largest[0], to_float(line.student[i]));
+    largest[1] = fmaxf(largest[1], to_float(line.teacher[i]));
   }
   RowSums sums;
-  sums.student_shift = block_max(student_max, maxima);
-  sums.teacher_shift = block_max(teacher_max, maxima);
+  block_max(largest, scratch);
+  sums.student_shift = largest[0];
+  sums.teacher_shift = largest[1];
   sums.student.m = sums.teacher.m = 0.0f;
   for (int i = threadIdx.x; i < line.shared; i += kThreads) {
     if (i == line.target) continue;
@@ -138,8 +149,8 @@ __device__ __noinline__ RowSums careful_sums_of(const Line<T>& line, Scratch& sc
     sums.student.add<false>(below, s);
     if (w != -kInfinity) sums.teacher.add_carefully(w - sums.teacher_shift, below, s);
   }
-  sums.add_padding(line, s);
-  sums.merge_block(line.classes > line.shared, scratch, s);
+  sums.merge_block(scratch, s);
+  if (line.classes > line.shared) sums.add_padding(line, scratch, s);
   return sums;
 }
 
