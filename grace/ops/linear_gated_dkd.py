@@ -281,45 +281,43 @@ def reference_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients in student hidden states and head; an empty tensor for one that needs none."""
     *row_settings, chunk_size, hidden_needs_grad, head_needs_grad = settings
-    rows = _counting(labels, student_hidden, row_settings[-1])
-    device_labels = labels.to(student_hidden.device, non_blocking=True)[rows]
+    index = _counting(labels, student_hidden, row_settings[-1])
+    labels = labels.to(student_hidden.device, non_blocking=True)[index]
     # A row that does not count has gradient 0, which its hidden state is multiplied by.
-    counts = (device_labels != row_settings[-1]).unsqueeze(1)
-    hidden = torch.where(counts, student_hidden[rows], 0.0)
-    inputs = (grad_loss[rows], grad_ce[rows]), (teacher_hidden[rows], device_labels, saved[rows])
-    total = saved.new_zeros(hidden.shape) if hidden_needs_grad else None
+    counts = (labels != row_settings[-1]).unsqueeze(1)
+    hidden = torch.where(counts, student_hidden[index], 0.0)
+    grads = (grad_loss[index], grad_ce[index])
+    rows = (hidden, teacher_hidden[index], labels, saved[index])
+    total = saved.new_zeros(hidden.shape if hidden_needs_grad else 0)
     grad_head = student_head.new_empty(student_head.shape if head_needs_grad else 0)
     width = slice_width(student_head.shape[0], hidden.shape[0], chunk_size)
     with _no_autocast(student_hidden):
         for first in range(0, student_head.shape[0], width):
-            last = min(first + width, student_head.shape[0])
-            heads = (student_head[first:last], teacher_head[first:last])
-            place = (first, student_head.shape[0], min(len(student_head), len(teacher_head)))
-            grads = _slice_gradients(hidden, heads, *inputs, row_settings, place)
-            if total is not None:
-                total += _product(grads, heads[0], total.dtype)
+            part = slice(first, first + width)
+            grad_logits = _slice(part, rows, (student_head, teacher_head), grads, row_settings)
+            if hidden_needs_grad:
+                total += _product(grad_logits, student_head[part], total.dtype)
             if head_needs_grad:
-                _product(grads.t(), hidden, grad_head.dtype, out=grad_head[first:last])
-            del grads  # before the next slice's logits
+                _product(grad_logits.t(), hidden, grad_head.dtype, out=grad_head[part])
+            del grad_logits  # before the next slice's logits
     grad_hidden = student_hidden.new_zeros(student_hidden.shape if hidden_needs_grad else 0)
-    if total is not None:
-        grad_hidden[rows] = total.to(grad_hidden.dtype)
+    if hidden_needs_grad:
+        grad_hidden[index] = total.to(grad_hidden.dtype)
     return grad_hidden, grad_head
 
 
-def _slice_gradients(
-    hidden: Tensor,
+def _slice(
+    part: slice,
+    rows: tuple[Tensor, Tensor, Tensor, Tensor],
     heads: tuple[Tensor, Tensor],
     grads: tuple[Tensor, Tensor],
-    others: tuple[Tensor, Tensor, Tensor],
     settings: list[Any],
-    place: tuple[int, int, int],
 ) -> Tensor:
-    """Gradient in the student's logits of all rows, at the classes of a slice of the heads."""
-    teacher_hidden, labels, saved = others
-    logits = hidden @ heads[0].t()
-    teacher = teacher_hidden @ heads[1].t()
-    torch.ops.grace.gated_dkd_backward_(*grads, logits, teacher, labels, saved, *settings, *place)
+    """Gradient in the student's logits of all rows, at a part of the classes."""
+    hidden, teacher_hidden, *rest = rows
+    logits, teacher = hidden @ heads[0][part].t(), teacher_hidden @ heads[1][part].t()
+    place = (part.start, len(heads[0]), min(len(heads[0]), len(heads[1])))
+    torch.ops.grace.gated_dkd_backward_(*grads, logits, teacher, *rest, *settings, *place)
     return logits
 
 
