@@ -43,6 +43,8 @@ class Case:
     sets: int = 1  # of buffers that the sides rotate over
     tolerance: float = 1e-2  # of ‖side − exact‖ / ‖exact‖
     absent: Mapping[str, str] = field(default_factory=dict)  # peer → why it could not be run
+    # Other work of this size, of which only the time means something here: not verified.
+    yardsticks: Mapping[str, Side] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,9 @@ def run(
         case = benchmark.setup(device, **size)
         sides = {name: side for name, side in case.sides.items() if chosen.has_side(name)}
         absent = {n: {"absent": why} for n, why in case.absent.items() if chosen.has_side(n)}
-        left_out = absent | verify(case, sides)
+        yardsticks = {name: side for name, side in case.yardsticks.items() if chosen.has_side(name)}
+        left_out = absent | verify(case, sides) | missing(yardsticks)
+        sides |= yardsticks
         timed = {name: side for name, side in sides.items() if name not in left_out}
         rows = [{"size": dict(size), "side": name} | why for name, why in left_out.items()]
         floor = ceiling.floor(case)
@@ -164,6 +168,20 @@ def verify(case: Case, sides: Mapping[str, Side]) -> dict[str, dict[str, str]]:
             finding = f"must be within {case.tolerance:g} of the exact result, got {error:g}"
             left_out[name] = {"wrong": finding}
     return left_out
+
+
+def missing(yardsticks: Mapping[str, Side]) -> dict[str, dict[str, str]]:
+    """Yardsticks to leave out: ``{"absent": why}``."""
+    reasons = {name: _why_absent(side) for name, side in yardsticks.items()}
+    return {name: {"absent": why} for name, why in reasons.items() if why}
+
+
+def _why_absent(side: Side) -> str:
+    try:
+        side(0)
+    except Absent as reason:
+        return str(reason)
+    return ""
 
 
 def relative_error(actual: Tensor, exact: Tensor) -> float:

@@ -19,6 +19,7 @@ def gated_dkd_loss(
     ignore_index: int = -100,
     *,
     gate: bool = True,
+    in_place: bool = False,
 ) -> Tensor:
     """Σ g·L / Σ g over the tokens that have a next token to predict (see ``grace.ops.gated_dkd``).
 
@@ -34,6 +35,7 @@ def gated_dkd_loss(
         beta_dkd: weight of the non-target-class term.
         ignore_index: label of tokens that take no part.
         gate: False weighs all tokens equally.
+        in_place: the backward may put the gradient where ``student_logits`` are (see there).
 
     Returns:
         Scalar float32; exactly 0 where no token takes part.
@@ -62,4 +64,5 @@ def gated_dkd_loss(
         beta=beta_dkd,
         ignore_index=ignore_index,
         gate=gate,
+        in_place=in_place,
     )

@@ -44,11 +44,20 @@ from grace.ops._checks import (
 _INPUTS = "Tensor student, Tensor teacher, Tensor labels"
 _SETTINGS = "float temperature, float alpha, float beta, int ignore_index"
 _library.define(
-    "gated_dkd", f"({_INPUTS}, {_SETTINGS}) -> (Tensor loss, Tensor gate, Tensor ce, Tensor saved)"
+    "gated_dkd",
+    f"({_INPUTS}, {_SETTINGS}, bool in_place=False) "
+    "-> (Tensor loss, Tensor gate, Tensor ce, Tensor saved)",
 )
 _library.define(
     "gated_dkd_backward",
     f"(Tensor grad_loss, Tensor grad_ce, {_INPUTS}, Tensor saved, {_SETTINGS}) -> Tensor",
+)
+# The gradient in the student's place, of whole rows or of the columns `first` and on of logits of
+# `classes` classes, `shared` of them the teacher's too. The teacher's columns begin at `first` too.
+_library.define(
+    "gated_dkd_backward_",
+    "(Tensor grad_loss, Tensor grad_ce, Tensor(a!) student, Tensor teacher, Tensor labels, "
+    f"Tensor saved, {_SETTINGS}, int first, int classes, int shared) -> ()",
 )
 
 # Columns of `saved`: what the backward needs of a row beside the logits themselves.
@@ -69,6 +78,7 @@ def gated_dkd(
     beta: float = 4.0,
     ignore_index: int = -100,
     gate: bool = True,
+    in_place: bool = False,
 ) -> Tensor:
     """Mean of the rows' L weighted by their gates, Σ g·L / Σ g; differentiable in the student.
 
@@ -82,6 +92,9 @@ def gated_dkd(
         beta: weight of NCKD.
         ignore_index: label of rows that take no part.
         gate: False weighs all rows that take part equally (g = 1).
+        in_place: the backward puts the gradient where ``student_logits`` are, if they are
+            contiguous, and so needs no memory: for logits that nothing else needs by then. Not
+            while torch.compile traces. A second backward of such logits is an error.
 
     Returns:
         Scalar, float32 (float64 for float64 logits); exactly 0, with zero gradient, where no row
@@ -98,6 +111,7 @@ def gated_dkd(
         alpha=alpha,
         beta=beta,
         ignore_index=ignore_index,
+        in_place=in_place,
     )
     return gated_mean(loss, gates, gate)
 
@@ -111,6 +125,7 @@ def gated_dkd_rows(
     alpha: float = 1.0,
     beta: float = 4.0,
     ignore_index: int = -100,
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(L, g, cross-entropy) of each row, all [n]: what ``gated_dkd`` takes its mean of.
 
@@ -128,6 +143,7 @@ def gated_dkd_rows(
         alpha,
         beta,
         ignore_index,
+        in_place and not torch.compiler.is_compiling(),
     )
     return loss, gates.detach(), cross_entropy
 
@@ -210,6 +226,7 @@ def reference(
     alpha: float,
     beta: float,
     ignore_index: int,
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The rows' L, g, cross-entropy and ``saved`` in plain PyTorch, in float32 (or float64)."""
     classes, shared = student.shape[1], min(student.shape[1], teacher.shape[1])
@@ -244,27 +261,61 @@ def reference_backward(
     teacher: Tensor,
     labels: Tensor,
     saved: Tensor,
+    *settings: Any,
+) -> Tensor:
+    """Gradient of Σ grad_loss·L + Σ grad_ce·cross-entropy in the student's logits."""
+    classes, shared = student.shape[1], min(student.shape[1], teacher.shape[1])
+    inputs = (grad_loss, grad_ce, student, teacher, labels, saved)
+    return _gradient(*inputs, *settings, first=0, classes=classes, shared=shared)
+
+
+@_library.reference("gated_dkd_backward_")
+def reference_backward_in_place(
+    grad_loss: Tensor,
+    grad_ce: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    saved: Tensor,
+    *settings: Any,
+) -> None:
+    """The same in the student's place, of a slice of the columns (see the schema)."""
+    *row_settings, first, classes, shared = settings
+    inputs = (grad_loss, grad_ce, student, teacher, labels, saved)
+    student.copy_(_gradient(*inputs, *row_settings, first=first, classes=classes, shared=shared))
+
+
+def _gradient(
+    grad_loss: Tensor,
+    grad_ce: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    saved: Tensor,
     temperature: float,
     alpha: float,
     beta: float,
     ignore_index: int,
+    *,
+    first: int,
+    classes: int,
+    shared: int,
 ) -> Tensor:
-    """Gradient of Σ grad_loss·L + Σ grad_ce·cross-entropy in the student's logits."""
-    classes, shared = student.shape[1], min(student.shape[1], teacher.shape[1])
+    both = min(max(shared - first, 0), student.shape[1])  # of these columns, the teacher's too
     rest_s, rest_t, log_sum, gap = saved.unsqueeze(2).unbind(1)
-    z, w = student.to(saved.dtype), teacher[:, :shared].to(saved.dtype)
+    z, w = student.to(saved.dtype), teacher[:, :both].to(saved.dtype)
     known = _takes_part(labels, classes, ignore_index).unsqueeze(1)
     distilled = _takes_part(labels, shared, ignore_index).unsqueeze(1)
+    target = torch.arange(first, first + student.shape[1], device=labels.device) == labels[:, None]
     scale = temperature * grad_loss.unsqueeze(1)
-    target = labels.clamp(0, shared - 1).unsqueeze(1)
-    q_s = (z[:, :shared] / temperature - rest_s).exp()
+    q_s = (z[:, :both] / temperature - rest_s).exp()
     q_t = (w / temperature - rest_t).exp()
     rest = scale * (beta * (q_s - q_t) - alpha * gap * q_s)
-    distillation = torch.where(distilled, rest.scatter(1, target, scale * alpha * gap), 0.0)
+    distillation = torch.where(target[:, :both], scale * alpha * gap, rest)
     weight = grad_ce.unsqueeze(1)
     grad = weight * (z - log_sum).exp()
-    grad.scatter_add_(1, labels.clamp(0, classes - 1).unsqueeze(1), -weight)
-    grad[:, :shared] += distillation
+    grad = torch.where(target, grad - weight, grad)
+    grad[:, :both] += torch.where(distilled, distillation, 0.0)
     return torch.where(known, grad, 0.0).to(student.dtype)
 
 
@@ -282,18 +333,29 @@ def _(grad_loss: Tensor, grad_ce: Tensor, student: Tensor, *rest: Any) -> Tensor
     return torch.empty_like(student)
 
 
+@_library.fake("gated_dkd_backward_")
+def _(*arguments: Any) -> None:
+    return None
+
+
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    student, teacher, labels, *ctx.settings = inputs
+    student, teacher, labels, *ctx.settings, ctx.in_place = inputs
     ctx.save_for_backward(student, teacher, labels, output[3])
 
 
 def _backward(
     ctx: Any, grad_loss: Tensor, _gate: Tensor, grad_ce: Tensor, _saved: Tensor
 ) -> tuple[Tensor | None, ...]:
-    grad = torch.ops.grace.gated_dkd_backward(
-        grad_loss.contiguous(), grad_ce.contiguous(), *ctx.saved_tensors, *ctx.settings
-    )
-    return (grad, None, None, None, None, None, None)
+    grads = (grad_loss.contiguous(), grad_ce.contiguous())
+    student, teacher = ctx.saved_tensors[:2]
+    if ctx.in_place:
+        classes, shared = student.shape[1], min(student.shape[1], teacher.shape[1])
+        grad = student.detach()
+        inputs = (grad, *ctx.saved_tensors[1:], *ctx.settings)
+        torch.ops.grace.gated_dkd_backward_(*grads, *inputs, 0, classes, shared)
+    else:
+        grad = torch.ops.grace.gated_dkd_backward(*grads, *ctx.saved_tensors, *ctx.settings)
+    return (grad, *(None,) * 7)
 
 
 torch.library.register_autograd("grace::gated_dkd", _backward, setup_context=_save_for_backward)

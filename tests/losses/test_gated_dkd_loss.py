@@ -69,6 +69,17 @@ def test_settings_reach_the_op():
     torch.testing.assert_close(actual, expected)
 
 
+def test_gradient_may_take_the_logits_place():
+    student, teacher, labels = make_case()
+    grads = []
+    for in_place in (False, True):
+        logits = student.clone().requires_grad_()
+        loss = gated_dkd_loss(logits, teacher, labels, in_place=in_place)
+        grads += torch.autograd.grad(loss, logits)
+    torch.testing.assert_close(*grads, rtol=0, atol=0)
+    assert grads[1].data_ptr() == logits.data_ptr()
+
+
 def test_gradient_by_finite_differences():
     student, teacher, labels = to_double(*make_case())
     student.requires_grad_()

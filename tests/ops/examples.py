@@ -66,14 +66,14 @@ def _hidden(dtype: torch.dtype) -> Arguments:
 
 
 def linear_gated_dkd(dtype: torch.dtype) -> Arguments:
-    return *_hidden(dtype), 2.0, 1.0, 4.0, -100, 2
+    return *_hidden(dtype), 2.0, 1.0, 4.0, -100, 2, False
 
 
 def linear_gated_dkd_backward(dtype: torch.dtype) -> Arguments:
     arguments = linear_gated_dkd(dtype)
     saved = torch.ops.grace.linear_gated_dkd(*arguments)[-1]
     grads = torch.randn(2, 5).to(saved.dtype)
-    return *grads, *arguments[:5], saved, *arguments[5:], True, True
+    return *grads, *arguments[:5], saved, *arguments[5:-1], True, True
 
 
 def cka(dtype: torch.dtype) -> Arguments:

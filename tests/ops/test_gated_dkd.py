@@ -97,6 +97,73 @@ def test_kernel_backward_is_accurate(kernels: Kernels, vs, vt, with_cross_entrop
     assert_accurate(actual, exact, reference_backward(*arguments), name="grad_student")
 
 
+def assert_row_accurate(kernels: Kernels, case: Case, *options: float) -> None:
+    """Forward, and backward of its own ``saved`` with every row's L and cross-entropy weighed 1."""
+    arguments = (*case, *(options or SETTINGS[:3]), IGNORE)
+    actual = kernels.gated_dkd(*kernels.put(*arguments))
+    exact, working = reference(*to_double(*arguments)), reference(*arguments)
+    for name, *values in zip(OUTPUTS, actual, exact, working, strict=True):
+        assert_accurate(*values, name=name)
+    ones = (torch.ones(len(case[2])), torch.ones(len(case[2])))
+    settings = arguments[3:]
+    grad = kernels.gated_dkd_backward(*kernels.put(*ones, *case), actual[3], *settings)
+    exact = reference_backward(*to_double(*ones, *case), exact[3], *settings)
+    assert_accurate(
+        grad, exact, reference_backward(*ones, *case, working[3], *settings), name="grad_student"
+    )
+
+
+@pytest.mark.parametrize("temperature", [0.0625, 0.5, 1.0, 3.7, 40.0])
+def test_any_temperature(kernels: Kernels, temperature):
+    assert_row_accurate(kernels, make_case(vs=101, vt=101), temperature, 0.7, 3.0)
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize(("vs", "vt"), [(32064, 32064), (151936, 151936), (40003, 39999)])
+def test_large_vocabularies(kernels: Kernels, vs, vt, dtype):
+    student, teacher, _ = make_case(3, vs, vt, dtype)
+    assert_row_accurate(kernels, (student, teacher, torch.tensor([0, IGNORE, min(vs, vt) - 1])))
+
+
+def test_one_row_that_counts(kernels: Kernels):
+    student, teacher, labels = make_case(5, dtype=torch.bfloat16)
+    labels.fill_(IGNORE)
+    labels[2] = 95
+    assert_row_accurate(kernels, (student, teacher, labels))
+    alone = gated_dkd(student[2:3], teacher[2:3], labels[2:3])
+    torch.testing.assert_close(gated_dkd(student, teacher, labels), alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_that_grow_along_a_row(kernels: Kernels, dtype):
+    """Every sum is rescaled again and again, by a little and by a lot."""
+    rising = torch.linspace(-60, 60, 9000).repeat(2, 1)
+    student, teacher = rising.to(dtype), rising.roll(4000, 1).to(dtype)
+    assert_row_accurate(kernels, (student, teacher, torch.tensor([8999, 17])))
+
+
+@pytest.mark.parametrize("scale", [1e4, 1e30])
+def test_logits_out_of_proportion(kernels: Kernels, scale):
+    student, teacher, labels = make_case(vs=37, vt=37)
+    arguments = (scale * student, scale * teacher, labels, *SETTINGS)
+    exact = reference(*to_double(*arguments))
+    for name, actual, truth in zip(
+        OUTPUTS, kernels.gated_dkd(*kernels.put(*arguments)), exact, strict=True
+    ):
+        torch.testing.assert_close(actual.cpu().double(), truth, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_student_may_rule_out_what_the_teacher_does(kernels: Kernels):
+    student, teacher, _ = make_case(2, 37, 37)
+    teacher[:, 5:20] = student[:, 5:12] = -math.inf
+    case = (student, teacher, torch.tensor([0, 36]))
+    assert_row_accurate(kernels, case)
+    student[1, 20] = -math.inf  # where the teacher sees a chance
+    loss = kernels.gated_dkd(*kernels.put(*case, *SETTINGS))[0]
+    assert loss.isfinite().tolist() == [True, False]
+    assert loss[1] == math.inf
+
+
 @pytest.mark.parametrize(("vs", "vt"), [(7, 7), (9, 7), (7, 9), (2, 2)])
 @pytest.mark.parametrize("gate", [True, False])
 def test_gradient_by_finite_differences(vs, vt, gate):
@@ -328,6 +395,40 @@ def test_rows_may_begin_anywhere(kernels: Kernels, offset):
     torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("width", [1, 8, 13, 40, 200])
+@pytest.mark.parametrize(("vs", "vt"), [(101, 101), (104, 97), (97, 104)])
+def test_slices_in_place_make_up_the_gradient(kernels: Kernels, vs, vt, width, dtype):
+    student, teacher, labels = kernels.put(*make_case(vs=vs, vt=vt, dtype=dtype))
+    saved = kernels.gated_dkd(student, teacher, labels, *SETTINGS)[3]
+    grads = tuple(torch.randn(2, len(labels)).to(saved.device))
+    expected = kernels.gated_dkd_backward(*grads, student, teacher, labels, saved, *SETTINGS)
+    for first in range(0, vs, width):
+        columns = slice(first, first + width)
+        (part, around), (other, _) = (windowed(x[:, columns]) for x in (student, teacher))
+        rest = (other, labels, saved, *SETTINGS, first, vs, min(vs, vt))
+        assert kernels.gated_dkd_backward_(*grads, part, *rest) is None
+        torch.testing.assert_close(part, expected[:, columns])
+        assert_margins_untouched(around)
+
+
+def test_backward_in_place_is_where_the_logits_were():
+    student, teacher, labels = make_case()
+    expected = gradient(student, teacher, labels)
+    logits = student.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(gated_dkd(logits, teacher, labels, in_place=True), logits)
+    torch.testing.assert_close(grad, expected, rtol=0, atol=0)
+    assert grad.data_ptr() == logits.data_ptr()
+
+
+def test_backward_in_place_works_once():
+    student, teacher, labels = make_case()
+    loss = gated_dkd(student.requires_grad_(), teacher, labels, in_place=True)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_repeats_bitwise(kernels: Kernels):
     arguments = kernels.put(*make_case(vs=700, vt=700), *SETTINGS)
     first, second = (kernels.gated_dkd(*arguments) for _ in range(2))
@@ -344,13 +445,23 @@ def test_opcheck():
     )
 
 
-def test_compiles_once_for_any_number_of_rows():
+def test_opcheck_in_place():
+    student, teacher, labels = make_case(vs=9, vt=7)
+    saved = reference(student, teacher, labels, *SETTINGS)[3]
+    grads = torch.randn(2, len(labels))
+    arguments = (*grads, student, teacher, labels, saved, *SETTINGS, 0, 9, 7)
+    torch.library.opcheck(torch.ops.grace.gated_dkd_backward_, arguments)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_compiles_once_for_any_number_of_rows(in_place):
+    torch._dynamo.reset()  # the other in_place is another program
     compiled = torch.compile(gated_dkd, fullgraph=True, backend="aot_eager", dynamic=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for n in (4, 6, 9):
             student, teacher, labels = make_case(n)
             student.requires_grad_()
-            actual = compiled(student, teacher, labels)
+            actual = compiled(student, teacher, labels, in_place=in_place)
             torch.testing.assert_close(actual, gated_dkd(student, teacher, labels))
             (grad,) = torch.autograd.grad(actual, student)
             torch.testing.assert_close(grad, gradient(student, teacher, labels))

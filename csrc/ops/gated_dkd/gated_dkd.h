@@ -1,8 +1,10 @@
-// Arithmetic of gated_dkd, the same on every device (see grace/ops/gated_dkd.py for the formulas).
+// Arithmetic of gated_dkd (see grace/ops/gated_dkd.py for the formulas).
 //
-// Every sum over a row's classes is taken in one pass, relative to the largest logit met so far,
-// and rescaled when a larger one comes. The target class stays out of the sums and joins at the
-// end.
+// Everything is powers of two: e^((z − m)/T) = 2^(z·c − m·c), c = log2(e)/T, is one multiply-add
+// and one instruction of the special function unit, and at T = 2 its square is e^(z − m). What m·c
+// loses to rounding is the same for every class and known exactly, so it is given back once a row.
+// Sums over a row's classes are taken in one pass relative to a logit m met so far, that one larger
+// by more than kSlack replaces. The target class stays out of the sums and joins at the end.
 #pragma once
 
 #include <cmath>
@@ -12,10 +14,15 @@
 namespace grace::gated_dkd {
 
 constexpr float kInfinity = __builtin_inff();
+constexpr float kLog2E = 1.44269504f;
+constexpr float kLn2 = 0.693147181f;
+constexpr float kSlack = 1.0f;
+constexpr float kNone = -1e30f;  // m of empty sums: finite, so that no difference is NaN
 
 struct Settings {
   float temperature;
   float inverse_temperature;
+  float log2_scale;  // c
   float alpha;
   float beta;
 };
@@ -23,74 +30,115 @@ struct Settings {
 // Columns of `saved`: what the backward needs of a row beside the logits themselves.
 enum Saved { kLogRestStudent, kLogRestTeacher, kLogSumStudent, kProbabilityGap, kSavedColumns };
 
-// Of the student's logits z, with m the largest of them.
-struct StudentSums {
-  float max;
-  float tempered;  // sum of exp((z - m) / T)
-  float plain;     // sum of exp(z - m)
+// 2^x, 0 below 2^-126.
+GRACE_HOST_DEVICE float power(float x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return x < -126.0f ? 0.0f : exp2f(x);
+#endif
+}
 
-  static GRACE_HOST_DEVICE StudentSums none() { return {-kInfinity, 0.0f, 0.0f}; }
+// m·scale, rounded: not to be fused with what it is subtracted from, which would round otherwise.
+GRACE_HOST_DEVICE float offset_of(float m, float scale) {
+#if defined(__CUDA_ARCH__)
+  return __fmul_rn(m, scale);
+#else
+  return m * scale;
+#endif
+}
+
+// log2 of what the rounding of m·scale makes sums relative to m too large by.
+GRACE_HOST_DEVICE float excess(float m, float scale) {
+  return fmaf(m, scale, -offset_of(m, scale));
+}
+
+// Of the student's logits z.
+struct StudentSums {
+  float m;
+  float tempered;  // sum of e^((z − m)/T), but for the excess, as all of these
+  float plain;     // sum of e^(z − m)
+
+  static GRACE_HOST_DEVICE StudentSums none() { return {kNone, 0.0f, 0.0f}; }
 
   GRACE_HOST_DEVICE void raise(float to, const Settings& s) {
-    if (!(to > max)) return;
-    tempered *= expf((max - to) * s.inverse_temperature);
-    plain *= expf(max - to);
-    max = to;
+    if (!(to > m)) return;
+    tempered *= power(offset_of(m, s.log2_scale) - offset_of(to, s.log2_scale));
+    plain *= power(offset_of(m, kLog2E) - offset_of(to, kLog2E));
+    m = to;
   }
 
-  // A class left out is -infinity, which minus itself is not a number.
+  // kSquare: T = 2.
+  template <bool kSquare>
   GRACE_HOST_DEVICE void add(float z, const Settings& s) {
-    if (z == -kInfinity) return;
-    tempered += expf((z - max) * s.inverse_temperature);
-    plain += expf(z - max);
+    const float e = power(fmaf(z, s.log2_scale, -offset_of(m, s.log2_scale)));
+    tempered += e;
+    plain = kSquare ? fmaf(e, e, plain) : plain + power(fmaf(z, kLog2E, -offset_of(m, kLog2E)));
   }
 
   GRACE_HOST_DEVICE void merge(StudentSums other, const Settings& s) {
-    raise(other.max, s);
-    other.raise(max, s);
+    raise(other.m, s);
+    other.raise(m, s);
     tempered += other.tempered;
     plain += other.plain;
   }
+
+  // Logarithms of the sums.
+  GRACE_HOST_DEVICE float log_tempered(const Settings& s) const {
+    return logf(tempered) - kLn2 * excess(m, s.log2_scale);
+  }
+  GRACE_HOST_DEVICE float log_plain() const { return logf(plain) - kLn2 * excess(m, kLog2E); }
 };
 
-// Of the teacher's logits w, with m the largest of them, and of the student's z beside them.
+// Of the teacher's logits w, and of the student's z beside them.
 struct TeacherSums {
-  float max;
-  float tempered;  // sum of exp((w - m) / T)
-  float plain;     // sum of exp(w - m)
-  float depth;     // sum of exp(w - m) (w - m): all of one sign, nothing cancels
-  float cross;     // sum of exp((w - m) / T) (w - z) / T
+  float m;
+  float tempered;  // sum of e^((w − m)/T)
+  float plain;     // sum of e^(w − m)
+  float depth;     // sum of e^(w − m) (w − m)·c: but for the slack all of one sign
+  float cross;     // sum of e^((w − m)/T) (w − z)
 
-  static GRACE_HOST_DEVICE TeacherSums none() { return {-kInfinity, 0.0f, 0.0f, 0.0f, 0.0f}; }
+  static GRACE_HOST_DEVICE TeacherSums none() { return {kNone, 0.0f, 0.0f, 0.0f, 0.0f}; }
 
   GRACE_HOST_DEVICE void raise(float to, const Settings& s) {
-    if (!(to > max)) return;
-    const float tempered_factor = expf((max - to) * s.inverse_temperature);
-    const float factor = expf(max - to);
+    if (!(to > m)) return;
+    const float step = offset_of(m, s.log2_scale) - offset_of(to, s.log2_scale);
+    const float tempered_factor = power(step),
+                plain_factor = power(offset_of(m, kLog2E) - offset_of(to, kLog2E));
     tempered *= tempered_factor;
     cross *= tempered_factor;
-    if (plain > 0.0f) depth = factor * (depth + (max - to) * plain);
-    plain *= factor;
-    max = to;
+    depth = plain_factor * fmaf(step, plain, depth);
+    plain *= plain_factor;
+    m = to;
   }
 
+  template <bool kSquare>
   GRACE_HOST_DEVICE void add(float w, float z, const Settings& s) {
-    if (w == -kInfinity) return;
-    const float e = expf((w - max) * s.inverse_temperature);
-    const float p = expf(w - max);
+    const float x = fmaf(w, s.log2_scale, -offset_of(m, s.log2_scale));
+    const float e = power(x);
+    const float p = kSquare ? e * e : power(fmaf(w, kLog2E, -offset_of(m, kLog2E)));
     tempered += e;
     plain += p;
-    depth += p * (w - max);
-    if (e != 0.0f) cross += e * ((w - z) * s.inverse_temperature);  // 0 log 0 = 0
+    depth = fmaf(p, x, depth);
+    cross = fmaf(e, w - z, cross);
   }
 
-  GRACE_HOST_DEVICE void merge(TeacherSums other, const Settings& s) {
-    raise(other.max, s);
-    other.raise(max, s);
-    tempered += other.tempered;
-    plain += other.plain;
-    depth += other.depth;
-    cross += other.cross;
+  // The same where w, or z beside a w that counts for nothing, may be −infinity: 0 log 0 = 0.
+  GRACE_HOST_DEVICE void add_carefully(float w, float z, const Settings& s) {
+    if (w == -kInfinity) return;
+    const float counts = power(fmaf(w, s.log2_scale, -offset_of(m, s.log2_scale)));
+    add<false>(w, counts == 0.0f ? w : z, s);
+  }
+
+  GRACE_HOST_DEVICE float log_tempered(const Settings& s) const {
+    return logf(tempered) - kLn2 * excess(m, s.log2_scale);
+  }
+
+  GRACE_HOST_DEVICE float entropy(const Settings& s) const {
+    const float mean = s.temperature * (depth / plain - excess(m, s.log2_scale));
+    return logf(plain) - kLn2 * (excess(m, kLog2E) + mean);
   }
 };
 
@@ -108,58 +156,68 @@ GRACE_HOST_DEVICE float log_sigmoid(float u) { return fminf(u, 0.0f) - log1pf(ex
 // From the sums over a row's shared non-target classes, its target logits z and w, and the number
 // of shared classes: all of the row but its cross-entropy, to which more classes may belong.
 GRACE_HOST_DEVICE Row distill(const StudentSums& student, TeacherSums teacher, float z, float w,
-                              int64_t shared, const Settings& s) {
-  const float rest_student = fmaf(student.max, s.inverse_temperature, logf(student.tempered));
-  const float rest_teacher = fmaf(teacher.max, s.inverse_temperature, logf(teacher.tempered));
-  const float u_student = fmaf(z, s.inverse_temperature, -rest_student);
-  const float u_teacher = fmaf(w, s.inverse_temperature, -rest_teacher);
+                              int shared, const Settings& s) {
+  const float log_student = student.log_tempered(s), log_teacher = teacher.log_tempered(s);
+  const float u_student = fmaf(z - student.m, s.inverse_temperature, -log_student);
+  const float u_teacher = fmaf(w - teacher.m, s.inverse_temperature, -log_teacher);
   const float tckd = sigmoid(u_teacher) * (log_sigmoid(u_teacher) - log_sigmoid(u_student)) +
                      sigmoid(-u_teacher) * (log_sigmoid(-u_teacher) - log_sigmoid(-u_student));
-  const float nckd = teacher.cross / teacher.tempered - rest_teacher + rest_student;
+  const float distance = teacher.cross / teacher.tempered - (teacher.m - student.m);
+  const float nckd = fmaf(distance, s.inverse_temperature, log_student - log_teacher);
   // Where both probabilities are near 1 their difference is that of the complements, uncancelled.
   const float gap = u_student > 0.0f && u_teacher > 0.0f ? sigmoid(-u_teacher) - sigmoid(-u_student)
                                                          : sigmoid(u_student) - sigmoid(u_teacher);
+  const float rest_student = fmaf(student.m, s.inverse_temperature, log_student);
+  const float rest_teacher = fmaf(teacher.m, s.inverse_temperature, log_teacher);
   teacher.raise(w, s);
-  teacher.add(w, w, s);
-  const float entropy = logf(teacher.plain) - teacher.depth / teacher.plain;
+  teacher.add_carefully(w, w, s);
   const float scale = s.temperature * s.temperature;
   return {scale * (s.alpha * tckd + s.beta * nckd),
-          expf(-entropy / logf(static_cast<float>(shared))),
+          expf(-teacher.entropy(s) / logf(static_cast<float>(shared))),
           0.0f,
           {rest_student, rest_teacher, 0.0f, gap}};
 }
 
-GRACE_HOST_DEVICE float log_sum(const StudentSums& sums) { return sums.max + logf(sums.plain); }
-
 // What the gradient at any class of a row needs.
 struct RowGradient {
-  float rest_student, rest_teacher, log_sum;
-  float beta;           // factor of q_s - q_t
-  float gap;            // factor of e_t - q_s
-  float cross_entropy;  // factor of the softmax at temperature 1, and minus that at the target
+  float student, teacher;  // log-sum-exp of z/T and of w/T beside the target
+  float beta;              // factor of q_s − q_t
+  float gap;               // factor of e_t − q_s
+  float log_sum;           // log-sum-exp of z
+  float cross_entropy;     // factor of softmax(z) − e_t
+  float square;            // at T = 2, of the square of q_s: that times e^(2·rest − log_sum)
 };
 
 GRACE_HOST_DEVICE RowGradient row_gradient(const float* saved, float grad_loss, float grad_ce,
                                            const Settings& s) {
-  const float scale = s.temperature * grad_loss;
-  return {saved[kLogRestStudent],
+  const float rest = saved[kLogRestStudent], log_sum = saved[kLogSumStudent];
+  return {rest,
           saved[kLogRestTeacher],
-          saved[kLogSumStudent],
-          scale * s.beta,
-          scale * s.alpha * saved[kProbabilityGap],
-          grad_ce};
+          s.temperature * grad_loss * s.beta,
+          s.temperature * grad_loss * s.alpha * saved[kProbabilityGap],
+          log_sum,
+          grad_ce,
+          grad_ce * expf(2.0f * rest - log_sum)};
 }
 
-GRACE_HOST_DEVICE float distillation_gradient(float z, float w, bool is_target,
-                                              const RowGradient& row, const Settings& s) {
-  if (is_target) return row.gap;
-  const float q_student = expf(fmaf(z, s.inverse_temperature, -row.rest_student));
-  const float q_teacher = expf(fmaf(w, s.inverse_temperature, -row.rest_teacher));
-  return row.beta * (q_student - q_teacher) - row.gap * q_student;
+// At a class beside the target of which the teacher says nothing.
+GRACE_HOST_DEVICE float cross_entropy_gradient(float z, const RowGradient& row) {
+  return row.cross_entropy * power((z - row.log_sum) * kLog2E);
 }
 
-GRACE_HOST_DEVICE float cross_entropy_gradient(float z, bool is_target, const RowGradient& row) {
-  return row.cross_entropy * (expf(z - row.log_sum) - (is_target ? 1.0f : 0.0f));
+// At a class beside the target.
+template <bool kSquare, bool kCrossEntropy>
+GRACE_HOST_DEVICE float gradient_of(float z, float w, const RowGradient& row, const Settings& s) {
+  const float q_student = power(fmaf(z, s.inverse_temperature, -row.student) * kLog2E);
+  const float q_teacher = power(fmaf(w, s.inverse_temperature, -row.teacher) * kLog2E);
+  float grad = row.beta * (q_student - q_teacher) - row.gap * q_student;
+  if constexpr (kCrossEntropy && kSquare) grad += row.square * (q_student * q_student);
+  if constexpr (kCrossEntropy && !kSquare) grad += cross_entropy_gradient(z, row);
+  return grad;
+}
+
+GRACE_HOST_DEVICE float target_gradient(float z, const RowGradient& row) {
+  return row.gap + row.cross_entropy * expm1f(z - row.log_sum);
 }
 
 }  // namespace grace::gated_dkd
