@@ -5,6 +5,10 @@
 //   a[0], a[1]  rows gid, gid + 8, columns 2 tig, 2 tig + 1      (a[2], a[3]: columns + 8)
 //   b[0], b[1]  rows 2 tig, 2 tig + 1 (b[1]: + 8), column gid
 //   d[0], d[1]  row gid, columns 2 tig, 2 tig + 1                (d[2], d[3]: row gid + 8)
+//
+// load_fragments fetches four 8 x 8 matrices of 16-bit elements from shared memory, of which lane l
+// points at row l % 8 of matrix l / 8, 16 bytes: v[i] is row gid, columns 2 tig, 2 tig + 1 of matrix
+// i, or with kTurned column gid, rows 2 tig, 2 tig + 1.
 #pragma once
 
 #include <type_traits>
@@ -39,7 +43,35 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2])
   }
 }
 
+template <bool kTurned>
+void load_fragments(uint32_t (&v)[4], const void* row) {
+  uint16_t mine[8], all[kWarpSize][8];
+  std::memcpy(mine, row, sizeof mine);
+  emulation::warp_gather(kFullWarp, mine, all, sizeof mine);
+  const int gid = emulation::lane() / 4, tig = emulation::lane() % 4;
+  for (int i = 0; i < 4; ++i) {
+    const auto at = [&](int k) { return kTurned ? all[i * 8 + k][gid] : all[i * 8 + gid][k]; };
+    v[i] = at(2 * tig) | uint32_t{at(2 * tig + 1)} << 16;
+  }
+}
+
 #else
+
+template <bool kTurned>
+__device__ __forceinline__ void load_fragments(uint32_t (&v)[4], const void* row) {
+  const auto from = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  if constexpr (kTurned) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+                 : "r"(from)
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+                 : "r"(from)
+                 : "memory");
+  }
+}
 
 template <typename T>
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4],

@@ -45,6 +45,20 @@ def gradient(student: Tensor, teacher: Tensor, cu_seqlens: Tensor, **options: in
     return student.grad
 
 
+def backward_arguments(grad: Tensor, case: Case, outputs: tuple[Tensor, ...]) -> tuple[object, ...]:
+    """Of ``cka_backward``, from what the forward returned."""
+    student, teacher, cu_seqlens = case
+    return grad, student, cu_seqlens, *outputs[1:], teacher.shape[1]
+
+
+def run(kernels: Kernels, case: Case, min_tokens: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+    """(value, saved, gradient of the values' sum) by the kernels, on their device."""
+    case = tuple(kernels.put(*case))
+    outputs = kernels.cka(*case, min_tokens)
+    grad = torch.ones_like(outputs[0])
+    return *outputs[:2], kernels.cka_backward(*backward_arguments(grad, case, outputs))
+
+
 def as_written(student: Tensor, teacher: Tensor) -> Tensor:
     """CKA of one image, from the definition with n×n Grams and the centering matrix."""
     n = len(student)
@@ -62,41 +76,30 @@ def test_reference_is_the_definition(ds, dt):
         torch.testing.assert_close(value[image], as_written(student[rows], teacher[rows]))
 
 
+def assert_runs_accurately(kernels: Kernels, case: Case, ulps: float = 4) -> None:
+    """Forward, and backward from what the reference keeps, against float64."""
+    exact, working = reference(*to_double(*case), 4), reference(*case, 4)
+    actual = kernels.cka(*kernels.put(*case), 4)
+    # A value is a quotient of three sums, each rounded by itself, and of one or two of them the
+    # reference's own error says little: it may happen to be none.
+    names = ("value", "saved", "stats", "student_rows", "teacher_rows")
+    for name, *values in zip(names, actual, exact, working, strict=True):
+        assert_accurate(*values, name=name, ulps=ulps)
+    grad = torch.randn(len(case[2]) - 1)
+    arguments = backward_arguments(grad, case, working)
+    exact_arguments = backward_arguments(grad.double(), to_double(*case), exact)
+    assert_accurate(
+        kernels.cka_backward(*kernels.put(*arguments)),
+        reference_backward(*exact_arguments),
+        reference_backward(*arguments),
+        name="grad_student",
+    )
+
+
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_kernel_is_accurate(kernels: Kernels, lengths, dtype):
-    arguments = (*make_case(lengths, dtype=dtype), 4)
-    actual = kernels.cka(*kernels.put(*arguments))
-    exact, working = reference(*to_double(*arguments)), reference(*arguments)
-    # A value is a quotient of three sums, each rounded by itself, and of one or two of them the
-    # reference's own error says little: it may happen to be none.
-    for name, *values in zip(("value", "saved"), actual, exact, working, strict=True):
-        assert_accurate(*values, name=name, ulps=4)
-
-
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
-@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-def test_kernel_backward_is_accurate(kernels: Kernels, lengths, dtype):
-    case = make_case(lengths, dtype=dtype)
-    grad = torch.randn(len(lengths))
-    saved = reference(*case, 4)[1]
-    actual = kernels.cka_backward(*kernels.put(grad, *case, saved))
-    exact = reference_backward(*to_double(grad, *case), reference(*to_double(*case), 4)[1])
-    assert_accurate(actual, exact, reference_backward(grad, *case, saved), name="grad_student")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("ds", "dt"), [(64, 65), (70, 31), (1, 2)])
-def test_kernel_over_several_strips(kernels: Kernels, ds, dt):
-    case = make_case([530, 30], ds, dt)
-    actual, saved = kernels.cka(*kernels.put(*case, 4))
-    exact, working = reference(*to_double(*case), 4), reference(*case, 4)
-    assert_accurate(actual, exact[0], working[0], name="value")
-    grad = torch.ones(2)
-    actual = kernels.cka_backward(*kernels.put(grad, *case), saved)
-    exact_grad = reference_backward(*to_double(grad, *case), exact[1])
-    working_grad = reference_backward(grad, *case, working[1])
-    assert_accurate(actual, exact_grad, working_grad, name="grad_student")
+    assert_runs_accurately(kernels, make_case(lengths, dtype=dtype))
 
 
 @pytest.mark.parametrize("ds", [3, 9])
@@ -109,9 +112,8 @@ def test_gradient_by_finite_differences(ds):
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 def test_of_itself_is_one(kernels: Kernels, dtype):
     student, _, cu_seqlens = make_case([30, 70], dtype=dtype)
-    value, saved = kernels.cka(*kernels.put(student, student, cu_seqlens, 4))
+    value, _, grad = run(kernels, (student, student, cu_seqlens))
     torch.testing.assert_close(value.cpu(), torch.ones(2), rtol=0, atol=1e-6)
-    grad = kernels.cka_backward(*kernels.put(torch.ones(2), student, student, cu_seqlens), saved)
     assert grad.abs().max() < 1e-5
 
 
@@ -152,28 +154,22 @@ def degenerate_case(kind: str) -> Case:
 def test_degenerate_image_counts_as_nothing(kernels: Kernels, how, side, dtype):
     student, teacher, cu_seqlens = degenerate_case(f"{side} {how}")
     case = (student.to(dtype), teacher.to(dtype), cu_seqlens)
-    for forward, backward in (
-        (kernels.cka, kernels.cka_backward),
-        (reference, reference_backward),
-    ):
-        value, saved = forward(*kernels.put(*case, 4))
-        assert value[0].item() == 1.0
-        assert saved[:, COUNTED].tolist() == [0, 1]
-        grad = backward(*kernels.put(torch.ones(2), *case), saved)
-        assert grad[:10].eq(0).all()
-        assert grad[10:].any()
+    value, saved, grad = run(kernels, case)
+    assert value[0].item() == 1.0
+    assert saved[:, COUNTED].tolist() == [0, 1]
+    assert grad[:10].eq(0).all()
+    assert grad[10:].any()
 
 
 @pytest.mark.parametrize("min_tokens", [1, 4, 8, 9])
 def test_small_image_counts_as_nothing(kernels: Kernels, min_tokens):
     case = make_case([8, 3, 12])
-    value, saved = kernels.cka(*kernels.put(*case, min_tokens))
+    value, saved, grad = run(kernels, case, min_tokens)
     expected = [n >= min_tokens for n in (8, 3, 12)]
     assert saved[:, COUNTED].bool().tolist() == expected
     assert (value == 1).tolist() == [not counted for counted in expected]
     counted = cka_and_counted(*case, min_tokens=min_tokens)[1]
     assert counted.tolist() == expected
-    grad = kernels.cka_backward(*kernels.put(torch.ones(3), *case), saved).cpu()
     assert [x.any().item() for x in grad.split([8, 3, 12])] == expected
 
 
@@ -186,8 +182,7 @@ def test_row_of_zeros_gets_no_gradient(kernels: Kernels):
     student, teacher, cu_seqlens = make_case([10])
     student[3] = 0.0
     teacher[5] = 0.0
-    value, saved = kernels.cka(*kernels.put(student, teacher, cu_seqlens, 4))
-    grad = kernels.cka_backward(*kernels.put(torch.ones(1), student, teacher, cu_seqlens), saved)
+    value, _, grad = run(kernels, (student, teacher, cu_seqlens))
     assert value.isfinite().all()
     assert grad.isfinite().all()
     assert grad.any(1).tolist() == [i != 3 for i in range(10)]
@@ -198,7 +193,7 @@ def test_not_a_number_is_seen(kernels: Kernels):
     student, teacher, cu_seqlens = make_case([10, 8, 3])
     student[4, 2] = math.nan
     student[19] = math.nan  # in the image that is too small to count
-    value, _ = kernels.cka(*kernels.put(student, teacher, cu_seqlens, 4))
+    value, _, _ = run(kernels, (student, teacher, cu_seqlens))
     assert value.isnan().tolist() == [True, False, False]
     assert value[2].item() == 1.0
 
@@ -208,8 +203,7 @@ def test_rows_outside_the_images(kernels: Kernels):
     inside = slice(3, 83)
     cu_seqlens = bounds([10, 70], start=3)
     student[:3] = teacher[83:] = math.nan
-    value, saved = kernels.cka(*kernels.put(student, teacher, cu_seqlens, 4))
-    grad = kernels.cka_backward(*kernels.put(torch.ones(2), student, teacher, cu_seqlens), saved)
+    value, _, grad = run(kernels, (student, teacher, cu_seqlens))
     part = (student[inside], teacher[inside], bounds([10, 70]))
     torch.testing.assert_close(value.cpu(), cka(*part))
     torch.testing.assert_close(grad[inside].cpu(), gradient(*part))
@@ -223,9 +217,8 @@ def test_wrong_bounds_do_not_lead_outside(kernels: Kernels):
     student, teacher, _ = kernels.put(*make_case([20]))
     wrong = torch.tensor([-7, 9, 4, 500], dtype=torch.int32, device=student.device)
     cut = [windowed(x) for x in (student, teacher)]
-    value, saved = kernels.cka(*(inside for inside, _ in cut), wrong, 4)
+    value, _, grad = run(kernels, (*(inside for inside, _ in cut), wrong))
     assert value.isfinite().all()
-    grad = kernels.cka_backward(torch.ones_like(value), *(i for i, _ in cut), wrong, saved)
     assert grad.shape == student.shape
     for _, buffer in cut:
         assert_margins_untouched(buffer)
@@ -250,9 +243,8 @@ def test_any_shape(lengths, ds, dt):
 @pytest.mark.parametrize("lengths", [[], [0], [0, 0]])
 def test_no_rows(kernels: Kernels, lengths):
     case = make_case(lengths)
-    value, saved = kernels.cka(*kernels.put(*case, 4))
+    value, _, grad = run(kernels, case)
     assert value.tolist() == [1.0] * len(lengths)
-    grad = kernels.cka_backward(*kernels.put(torch.ones(len(lengths)), *case), saved)
     assert list(grad.shape) == [0, 20]
 
 
@@ -261,20 +253,18 @@ def test_kernels_stay_inside_their_tensors(kernels: Kernels, dtype):
     case = make_case([66, 0, 9], dtype=dtype)
     cut = [windowed(t) for t in kernels.put(*case)]
     tensors = [inside for inside, _ in cut]
-    value, saved = kernels.cka(*tensors, 4)
-    grad = kernels.cka_backward(torch.ones_like(value), *tensors, saved)
+    value, _, grad = run(kernels, tensors)
     assert value.isfinite().all()
     assert grad.isfinite().all()
     for _, buffer in cut:
         assert_margins_untouched(buffer)
 
 
-def test_repeats_bitwise(kernels: Kernels):
-    case = kernels.put(*make_case([100, 33]))
-    first, second = (kernels.cka(*case, 4) for _ in range(2))
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+def test_repeats_bitwise(kernels: Kernels, dtype):
+    case = make_case([100, 33], dtype=dtype)
+    first, second = (run(kernels, case) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    grad = torch.ones_like(first[0])
-    assert torch.equal(*(kernels.cka_backward(grad, *case, first[1]) for _ in range(2)))
 
 
 def test_autocast_changes_nothing():
