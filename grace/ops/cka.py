@@ -6,7 +6,10 @@ column. HSIC of centered linear Grams is a squared Frobenius norm of products of
     a = ‖S̃ᵀT̃‖² = ⟨S̃S̃ᵀ, T̃T̃ᵀ⟩    b = ‖S̃ᵀS̃‖² = ‖S̃S̃ᵀ‖²    c = ‖T̃ᵀT̃‖² = ‖T̃T̃ᵀ‖²
     CKA = a / √(b·c)              ∂CKA/∂S̃ = 2/√(b·c) · (T̃T̃ᵀ − (a/b)·S̃S̃ᵀ)·S̃
 
-That gradient passes the centering unchanged (its columns sum to 0) and then the normalization:
+Forward keeps the centered rows for backward, in float16 for 16-bit inputs: the rounding comes after
+the centering, so it is relative to what is left of a row, however large the rows' common mean.
+
+The gradient passes the centering unchanged (its columns sum to 0), then the normalization:
 ∂x = (ĝ − x̂·⟨x̂, ĝ⟩)/‖x‖. A row of zeros stays zero and gets no gradient.
 
 An image counts if it has at least ``min_tokens`` rows and both Grams' norms, √b and √c, exceed
@@ -79,13 +82,21 @@ def cka(student: Tensor, teacher: Tensor, cu_seqlens: Tensor, *, min_tokens: int
     Raises:
         ValueError: for any other shape, dtype, device or setting.
     """
-    return cka_and_counted(student, teacher, cu_seqlens, min_tokens=min_tokens)[0]
+    return _run(student, teacher, cu_seqlens, min_tokens)[0]
 
 
 def cka_and_counted(
     student: Tensor, teacher: Tensor, cu_seqlens: Tensor, *, min_tokens: int = 4
 ) -> tuple[Tensor, Tensor]:
     """``cka`` and, beside it, which images count, [B] bool. Arguments and errors as there."""
+    value, saved = _run(student, teacher, cu_seqlens, min_tokens)
+    return value, saved.detach()[:, COUNTED] > 0
+
+
+def _run(
+    student: Tensor, teacher: Tensor, cu_seqlens: Tensor, min_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """Checks; value and ``saved``."""
     op = "cka"
     for name, hidden in (("student", student), ("teacher", teacher)):
         require_dims(op, name, hidden, 2)
@@ -102,7 +113,7 @@ def cka_and_counted(
     value, saved, *_ = torch.ops.grace.cka(
         student.contiguous(), teacher.detach().contiguous(), cu_seqlens.contiguous(), min_tokens
     )
-    return value, saved.detach()[:, COUNTED] > 0
+    return value, saved
 
 
 def _images(cu_seqlens: Tensor, rows: int) -> Iterator[tuple[int, slice]]:

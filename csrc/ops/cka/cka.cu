@@ -17,10 +17,14 @@
 namespace grace::cka {
 namespace {
 
-constexpr int kFewPairs = 64;       // up to so many, blocks share a pair's depth
 constexpr int kWantedBlocks = 264;  // two on each of an H200's multiprocessors
+#if defined(GRACE_EMULATE)          // small, so that tests reach what is beyond
+constexpr int kFewPairs = 12, kMostParts = 20, kMostWeights = 6;
+#else
+constexpr int kFewPairs = 64;       // up to so many, blocks share a pair's depth
 constexpr int kMostParts = 512;     // 64 KiB each, of workspace
 constexpr int kMostWeights = 1056;  // tiles of W in memory, 36 KiB each
+#endif
 
 // A block an image: the sums of its pairs or of its products, in a fixed order, and CKA.
 __global__ void __launch_bounds__(kThreads) value_kernel(GramArguments gram, int slices,
@@ -104,10 +108,11 @@ void keep_rows(const Tensor& student, const Tensor& teacher, const Images& image
         data<float>(means) + model * images.count * pitch[0],
         static_cast<int>(x.size(1)),
         static_cast<int>(pitch[model]),
-        wide_rows(x),
     };
   };
-  launch_rows<T, K>({rows_of(0), rows_of(1)}, images, device_of(student));
+  const int device = device_of(student);
+  launch_rows<T, K>({rows_of(0), rows_of(1)}, images, wide_rows(student) && wide_rows(teacher),
+                    most_shared_bytes(device), device);
 }
 
 GramArguments gram_arguments(const Kept& kept, int student_width, int teacher_width,

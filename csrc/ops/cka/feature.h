@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(kGroup, 2) feature_kernel(FeatureArguments x) 
   const Operand a = feature_operand(x, at.left, image, at.i);
   const bool diagonal = at.left == at.right && at.i == at.j;
   add_product<true, true>(tile, a, feature_operand(x, at.right, image, at.j), diagonal,
-                          stages_of(a), shared, threadIdx.x);
+                          stages_of(a), shared);
   if constexpr (kBackward) {
     const ProductScale scale = product_scale(x, image, 0.0f);
     write_product(x, at, tile, at.left == at.right ? scale.own : scale.cross);
@@ -165,14 +165,12 @@ __global__ void __launch_bounds__(kGroup, 2) feature_direction_kernel(FeatureArg
 
   Accumulator tile = {};
   const auto cross = product(x.teacher, x.teacher_width, x.products);
-  add_product<false, true>(tile, cross.first, cross.second, false, stages_of(cross.first), shared,
-                           threadIdx.x);
+  add_product<false, true>(tile, cross.first, cross.second, false, stages_of(cross.first), shared);
   const auto own =
       product(x.student, x.student_width, x.products + int64_t{x.teacher_width} * pitch);
-  add_product<false, true>(tile, own.first, own.second, false, stages_of(own.first), shared,
-                           threadIdx.x);
+  add_product<false, true>(tile, own.first, own.second, false, stages_of(own.first), shared);
   auto* const g = reinterpret_cast<float*>(shared);
-  store_tile(g, tile, threadIdx.x);
+  store_tile(g, tile);
   __syncthreads();
   const int width = x.student_width;
   const int column = first_column + static_cast<int>(threadIdx.x);

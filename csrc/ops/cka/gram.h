@@ -254,8 +254,6 @@ __device__ __forceinline__ void write_sums(float* to, const float (&sums)[3], fl
 
 constexpr int kGramBytes = 2 * kTileBytes;  // of shared memory
 
-static_assert(kGramBytes >= 2 * kSharedTile * 4);
-
 // A pair a block, a model a group of warps.
 template <bool kBackward>
 __global__ void __launch_bounds__(kThreads, 1) gram_kernel(GramArguments x) {
@@ -265,21 +263,21 @@ __global__ void __launch_bounds__(kThreads, 1) gram_kernel(GramArguments x) {
   const Pair pair = pair_of(blockIdx.x, x);
   if (!wanted<kBackward>(pair, x)) return;
 
-  const int model = threadIdx.x / kGroup, thread = threadIdx.x % kGroup;
+  const int model = threadIdx.x / kGroup;
   const int width = model == 0 ? x.student_width : x.teacher_width;
   const int widest = x.student_width > x.teacher_width ? x.student_width : x.teacher_width;
   Accumulator tile = {};
   add_product<false, false>(tile, gram_operand(x, model, pair.image, pair.i, 0, width),
                             gram_operand(x, model, pair.image, pair.j, 0, width), pair.i == pair.j,
-                            ceil_div(widest, kDepth), shared + model * kTileBytes, thread);
+                            ceil_div(widest, kDepth), shared + model * kTileBytes);
   auto* const tiles = reinterpret_cast<float*>(shared);
-  store_tile(tiles + model * kSharedTile, tile, thread);
+  store_tile(tiles + model * kTileBytes / 4, tile);
   __syncthreads();
 
   float sums[3] = {};
   for (int slice = 0; slice < kSlices; ++slice) {
     const float* const k = tiles + slice * kSlice * kSharedPitch;
-    const Slice values = slice_of(x, k, k + kSharedTile);
+    const Slice values = slice_of(x, k, k + kTileBytes / 4);
     if constexpr (kBackward) {
       write_slice(x, pair, slice, values);
     } else {
@@ -316,7 +314,7 @@ __global__ void __launch_bounds__(kGroup, 2) part_kernel(GramArguments x, Parts 
   Accumulator tile = {};
   const Operand a = gram_operand(x, model, pair.image, pair.i, first, depth);
   add_product<false, false>(tile, a, gram_operand(x, model, pair.image, pair.j, first, depth),
-                            pair.i == pair.j, stages_of(a), shared, threadIdx.x);
+                            pair.i == pair.j, stages_of(a), shared);
   float4* const to = parts.part(blockIdx.x, number);
 #pragma unroll
   for (int i = 0; i < kDown; ++i)
@@ -342,7 +340,7 @@ __device__ __forceinline__ void add_parts(const Parts& parts, int first, int las
     row[e] = fragment_row(i, thread) - slice * kSlice;
     column[e] = fragment_column(j, thread);
   }
-#pragma unroll 2
+#pragma unroll 4
   for (int number = first; number < last; ++number)
 #pragma unroll
     for (int e = 0; e < kEach; ++e) {
@@ -467,9 +465,9 @@ __global__ void __launch_bounds__(kGroup, 2) direction_kernel(DirectionArguments
   const Operand s = turned(gram.student + begin * pitch + first_column, pitch,
                            pitch - first_column < kTile ? pitch - first_column : kTile, n);
   Accumulator tile = {};
-  add_product<false, true>(tile, w, s, false, stages_of(w), shared, threadIdx.x);
+  add_product<false, true>(tile, w, s, false, stages_of(w), shared);
   auto* const g = reinterpret_cast<float*>(shared);
-  store_tile(g, tile, threadIdx.x);
+  store_tile(g, tile);
   __syncthreads();
 
   const float factor =

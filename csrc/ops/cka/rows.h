@@ -3,6 +3,7 @@
 // centering, so it is relative to what is left of a row, however large the images' common mean.
 #pragma once
 
+#include "common/async_copy.h"
 #include "common/launch.h"
 #include "common/warp.h"
 #include "ops/cka/cka.h"
@@ -12,12 +13,21 @@ namespace grace::cka {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kPiece = 16;  // rows of one image that a block of these kernels has
+constexpr int kBatch = 8;   // of them that are read at a time
 constexpr int kWide = 8;    // elements that are loaded and stored together
 
 template <typename T>
 struct alignas(sizeof(T) * kWide <= 16 ? sizeof(T) * kWide : 16) Eight {
   T at[kWide];
 };
+
+template <typename T>
+__device__ __forceinline__ void store_eight(T* to, const float (&from)[kWide]) {
+  Eight<T> rounded;
+#pragma unroll
+  for (int i = 0; i < kWide; ++i) rounded.at[i] = from_float<T>(from[i]);
+  *reinterpret_cast<Eight<T>*>(to) = rounded;
+}
 
 // Rows of one model. `Kept` is the type of the centered rows.
 template <typename T, typename Kept>
@@ -30,29 +40,19 @@ struct Rows {
   float* means;    // [images, pitch]
   int width;
   int pitch;
-  bool wide;  // raw's rows begin at multiples of 16 bytes
 
-  // Eight elements of a row; zeros behind it.
-  __device__ __forceinline__ void load(int row, int column, float (&to)[kWide]) const {
+  // Eight elements of a row, zeros behind it. kAligned: rows begin at multiples of 16 bytes, and
+  // their width is one of eight elements.
+  template <bool kAligned>
+  __device__ __forceinline__ Eight<T> load(int row, int column) const {
     const T* from = raw + int64_t{row} * width + column;
-    if (wide) {
-      const auto loaded = *reinterpret_cast<const Eight<T>*>(from);
+    if constexpr (kAligned) return *reinterpret_cast<const Eight<T>*>(from);
+    Eight<T> v;
 #pragma unroll
-      for (int i = 0; i < kWide; ++i) to[i] = to_float(loaded.at[i]);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kWide; ++i) to[i] = column + i < width ? to_float(from[i]) : 0.0f;
-    }
+    for (int i = 0; i < kWide; ++i) v.at[i] = column + i < width ? from[i] : from_float<T>(0.0f);
+    return v;
   }
 };
-
-template <typename T>
-__device__ __forceinline__ void store_eight(T* to, const float (&from)[kWide]) {
-  Eight<T> rounded;
-#pragma unroll
-  for (int i = 0; i < kWide; ++i) rounded.at[i] = from_float<T>(from[i]);
-  *reinterpret_cast<Eight<T>*>(to) = rounded;
-}
 
 template <typename T, typename Kept>
 struct BothRows {
@@ -62,38 +62,81 @@ struct BothRows {
   GRACE_HOST_DEVICE Rows<T, Kept> of(int model) const { return model == 0 ? student : teacher; }
 };
 
-// 1. Norms, a warp a row, then the piece's sums of unit rows: the second read comes from the cache.
+// How norm_kernel comes by its rows, which it needs twice.
+enum class Source {
+  kElements,  // from memory, element by element
+  kAligned,   // from memory
+  kStaged,    // through shared memory, kBatch rows at a time; 16-bit rows only
+};
+
+// Of shared memory, for kStaged: a batch of rows, and the sums of the columns.
+template <typename T>
+int64_t staged_bytes(int pitch) {
+  return int64_t{pitch} * (kBatch * static_cast<int>(sizeof(T)) + 4);
+}
+
+// Copies rows [first, first + count) to shared memory; the caller waits.
 template <typename T, typename Kept>
-__global__ void __launch_bounds__(kThreads) norm_kernel(BothRows<T, Kept> both, Images images) {
+__device__ __forceinline__ void stage_rows(const Rows<T, Kept>& x, int first, int count, T* to) {
+  const T* from = x.raw + int64_t{first} * x.width;
+  for (int i = threadIdx.x * kWide; i < count * x.width; i += kThreads * kWide)
+    copy_async(to + i, from + i, true);
+  commit_copies();
+}
+
+// 1. Norms, a warp a row, and the piece's sums of unit rows.
+template <typename T, typename Kept, Source kSource>
+__global__ void __launch_bounds__(kThreads, 2) norm_kernel(BothRows<T, Kept> both, Images images) {
+  GRACE_DYNAMIC_SHARED(shared);
+  __shared__ float inverse[kBatch];
   wait_for_previous_kernel();
-  __shared__ float inverse[kPiece];
   const Rows<T, Kept> x = both.of(blockIdx.y);
   const Piece piece = piece_of<kPiece>(blockIdx.x, images);
   if (piece.image < 0) return;
+  constexpr bool kStaged = kSource == Source::kStaged;
+  auto* const staged = reinterpret_cast<T*>(shared + (kStaged ? int64_t{x.pitch} * 4 : 0));
+  auto* const sums =
+      kStaged ? reinterpret_cast<float*>(shared) : x.sums + int64_t{blockIdx.x} * x.pitch;
+  const auto load = [&](int row, int column) {
+    if constexpr (kStaged)
+      return *reinterpret_cast<const Eight<T>*>(staged + (row % kBatch) * x.width + column);
+    return x.template load<kSource != Source::kElements>(piece.first + row, column);
+  };
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  for (int row = warp; row < piece.count; row += kWarps) {
-    float sum = 0.0f;
+  for (int begin = 0; begin < piece.count; begin += kBatch) {
+    const int end = begin + kBatch < piece.count ? begin + kBatch : piece.count;
+    if constexpr (kStaged) {
+      stage_rows(x, piece.first + begin, end - begin, staged);
+      wait_for_copies<0>();
+      __syncthreads();
+    }
+    for (int row = begin + warp; row < end; row += kWarps) {
+      float sum = 0.0f;
 #pragma unroll 4
-    for (int column = lane * kWide; column < x.width; column += kWarpSize * kWide) {
-      float v[kWide];
-      x.load(piece.first + row, column, v);
+      for (int column = lane * kWide; column < x.width; column += kWarpSize * kWide) {
+        const Eight<T> v = load(row, column);
 #pragma unroll
-      for (int i = 0; i < kWide; ++i) sum += v[i] * v[i];
+        for (int i = 0; i < kWide; ++i) sum += to_float(v.at[i]) * to_float(v.at[i]);
+      }
+      sum = warp_sum(sum);
+      if (lane == 0) x.inverse[piece.first + row] = inverse[row - begin] = inverse_norm(sum);
     }
-    sum = warp_sum(sum);
-    if (lane == 0) x.inverse[piece.first + row] = inverse[row] = inverse_norm(sum);
-  }
-  __syncthreads();
-  for (int column = threadIdx.x * kWide; column < x.pitch; column += kThreads * kWide) {
-    float total[kWide] = {};
-#pragma unroll 8
-    for (int row = 0; row < piece.count; ++row) {
-      float v[kWide];
-      x.load(piece.first + row, column, v);
+    __syncthreads();
+    for (int column = threadIdx.x * kWide; column < x.pitch; column += kThreads * kWide) {
+      float total[kWide];
 #pragma unroll
-      for (int i = 0; i < kWide; ++i) total[i] += v[i] * inverse[row];
+      for (int i = 0; i < kWide; ++i) total[i] = begin == 0 ? 0.0f : sums[column + i];
+#pragma unroll
+      for (int row = 0; row < kBatch; ++row) {
+        if (begin + row >= end) break;
+        const Eight<T> v = load(begin + row, column);
+#pragma unroll
+        for (int i = 0; i < kWide; ++i) total[i] += to_float(v.at[i]) * inverse[row];
+      }
+      const bool last = end == piece.count;
+      store_eight(last ? x.sums + int64_t{blockIdx.x} * x.pitch + column : sums + column, total);
     }
-    store_eight(x.sums + int64_t{blockIdx.x} * x.pitch + column, total);
+    __syncthreads();
   }
 }
 
@@ -128,44 +171,45 @@ __global__ void __launch_bounds__(kThreads) mean_kernel(BothRows<T, Kept> both, 
   x.means[int64_t{image} * x.pitch + column] = n > 0 ? sum / static_cast<float>(n) : 0.0f;
 }
 
-// 3. The centered rows, and each one's product with the mean: a thread keeps its columns' means.
-template <typename T, typename Kept>
-__global__ void __launch_bounds__(kThreads) center_kernel(BothRows<T, Kept> both, Images images) {
+// 3. The centered rows, and each one's product with the mean: kBatch rows a block.
+template <typename T, typename Kept, bool kAligned>
+__global__ void __launch_bounds__(kThreads, 2) center_kernel(BothRows<T, Kept> both,
+                                                             Images images) {
+  __shared__ float sums[kWarps][kBatch];
   wait_for_previous_kernel();
-  __shared__ float inverse[kPiece];
-  __shared__ float sums[kWarps][kPiece];
   const Rows<T, Kept> x = both.of(blockIdx.y);
-  const Piece piece = piece_of<kPiece>(blockIdx.x, images);
+  const Piece piece = piece_of<kBatch>(blockIdx.x, images);
   if (piece.image < 0) return;
-  if (threadIdx.x < kPiece)
-    inverse[threadIdx.x] = static_cast<int>(threadIdx.x) < piece.count
-                               ? x.inverse[piece.first + static_cast<int>(threadIdx.x)]
-                               : 0.0f;
-  __syncthreads();
   const float scale = row_scale(x.width);
-  float along[kPiece] = {};
+  int rows[kBatch];  // one that is not there: the last one
+  float inverse[kBatch], along[kBatch] = {};
+#pragma unroll
+  for (int i = 0; i < kBatch; ++i) {
+    rows[i] = piece.first + (i < piece.count ? i : piece.count - 1);
+    inverse[i] = x.inverse[rows[i]];
+  }
   for (int column = threadIdx.x * kWide; column < x.pitch; column += kThreads * kWide) {
-    float mean[kWide];
+    Eight<T> raw[kBatch];
 #pragma unroll
-    for (int i = 0; i < kWide; ++i)
-      mean[i] = x.means[int64_t{piece.image} * x.pitch + column + i];
+    for (int row = 0; row < kBatch; ++row)
+      raw[row] = x.template load<kAligned>(rows[row], column);
+    const auto mean = *reinterpret_cast<const Eight<float>*>(
+        x.means + int64_t{piece.image} * x.pitch + column);
 #pragma unroll
-    for (int row = 0; row < kPiece; ++row) {
-      if (row >= piece.count) continue;
+    for (int row = 0; row < kBatch; ++row) {
       float v[kWide];
-      x.load(piece.first + row, column, v);
 #pragma unroll
       for (int i = 0; i < kWide; ++i) {
-        v[i] = v[i] * inverse[row] - mean[i];
-        along[row] += v[i] * mean[i];
-        v[i] *= scale;
+        const float centered = to_float(raw[row].at[i]) * inverse[row] - mean.at[i];
+        along[row] += centered * mean.at[i];
+        v[i] = centered * scale;
       }
-      store_eight(x.kept + int64_t{piece.first + row} * x.pitch + column, v);
+      if (row < piece.count) store_eight(x.kept + int64_t{rows[row]} * x.pitch + column, v);
     }
   }
   if (x.along == nullptr) return;
 #pragma unroll
-  for (int row = 0; row < kPiece; ++row) {
+  for (int row = 0; row < kBatch; ++row) {
     const float sum = warp_sum(along[row]);
     if (threadIdx.x % kWarpSize == 0) sums[threadIdx.x / kWarpSize][row] = sum;
   }
@@ -176,16 +220,33 @@ __global__ void __launch_bounds__(kThreads) center_kernel(BothRows<T, Kept> both
   x.along[piece.first + static_cast<int>(threadIdx.x)] = total;
 }
 
-template <typename T, typename Kept>
-void launch_rows(const BothRows<T, Kept>& both, const Images& images, int device) {
+template <typename T, typename Kept, Source kSource>
+void launch_rows(const BothRows<T, Kept>& both, const Images& images, size_t shared_bytes,
+                 int device) {
   const int pieces = images.piece_bound<kPiece>();
   const int pitch =
       both.student.pitch > both.teacher.pitch ? both.student.pitch : both.teacher.pitch;
   const auto columns = static_cast<unsigned>(ceil_div(pitch, kMeanColumns));
-  const auto shape = [](dim3 grid) { return LaunchShape{grid, kThreads, 0, true}; };
-  launch(norm_kernel<T, Kept>, shape(dim3(pieces, 2)), device, both, images);
-  launch(mean_kernel<T, Kept>, shape(dim3(images.count, columns, 2)), device, both, images);
-  launch(center_kernel<T, Kept>, shape(dim3(pieces, 2)), device, both, images);
+  const auto shape = [](dim3 grid, size_t bytes) { return LaunchShape{grid, kThreads, bytes, true}; };
+  launch(norm_kernel<T, Kept, kSource>, shape(dim3(pieces, 2), shared_bytes), device, both, images);
+  launch(mean_kernel<T, Kept>, shape(dim3(images.count, columns, 2), 0), device, both, images);
+  launch(center_kernel<T, Kept, kSource != Source::kElements>,
+         shape(dim3(images.piece_bound<kBatch>(), 2), 0), device, both, images);
+}
+
+// `aligned`: both models' rows are. `most_bytes` of shared memory that a block can have.
+template <typename T, typename Kept>
+void launch_rows(const BothRows<T, Kept>& both, const Images& images, bool aligned, int most_bytes,
+                 int device) {
+  if (!aligned) return launch_rows<T, Kept, Source::kElements>(both, images, 0, device);
+  if constexpr (sizeof(T) == 2) {
+    const int64_t s = staged_bytes<T>(both.student.pitch), t = staged_bytes<T>(both.teacher.pitch);
+    const int64_t bytes = s > t ? s : t;
+    if (bytes <= most_bytes)
+      return launch_rows<T, Kept, Source::kStaged>(both, images, static_cast<size_t>(bytes),
+                                                   device);
+  }
+  launch_rows<T, Kept, Source::kAligned>(both, images, 0, device);
 }
 
 }  // namespace grace::cka

@@ -51,25 +51,41 @@ GRACE_HOST_DEVICE Operand turned(const fp16* at, int64_t pitch, int extent, int 
   return {at, pitch, extent, depth, 0};
 }
 
+// One thread's share of fetching an operand, stage after stage.
 template <bool kTurned>
-__device__ __forceinline__ void fetch(const Operand& x, int stage, unsigned char* to, int thread) {
-  constexpr int kChunks = (kTurned ? kTile : kDepth) / 8;
-  constexpr int kLines = kGroup / kChunks;  // of the stage, that the threads fetch at a time
-  const int chunk = thread % kChunks, line = thread / kChunks;
-  const fp16* from = kTurned ? x.at + int64_t{stage} * kDepth * x.pitch
-                             : x.at + stage / 2 * x.two_stages + stage % 2 * kDepth;
-  from += line * x.pitch + chunk * 8;
-  const int across = chunk * 8 + (kTurned ? 0 : stage * kDepth);
-  const int down = line + (kTurned ? stage * kDepth : 0);
-  const bool inside = across < (kTurned ? x.extent : x.depth);
-  const int lines = kTurned ? x.depth : x.extent;
-  to += line * kChunks * 16 + (chunk ^ line % 8) * 16;
-#pragma unroll
-  for (int i = 0; i < kOperandBytes / 16 / kGroup; ++i) {
-    const bool exists = inside && down + i * kLines < lines;
-    copy_async(to + i * kGroup * 16, exists ? from + i * kLines * x.pitch : x.at, exists);
+struct Fetch {
+  static constexpr int kChunks = (kTurned ? kTile : kDepth) / 8;
+  static constexpr int kLines = kGroup / kChunks;  // that the group fetches at a time
+
+  const fp16* from;  // where the next stage begins
+  int64_t step;      // to the next of this thread's lines
+  int64_t even, odd;  // to the next stage, from an even and from an odd one
+  int to;            // in a stage, bytes
+  int across, down;  // elements that exist from here on in the line, and lines
+
+  __device__ __forceinline__ Fetch(const Operand& x, int thread) {
+    const int chunk = thread % kChunks, line = thread / kChunks;
+    from = x.at + line * x.pitch + chunk * 8;
+    step = kLines * x.pitch;
+    even = kTurned ? kDepth * x.pitch : kDepth;
+    odd = kTurned ? even : x.two_stages - kDepth;
+    to = line * kChunks * 16 + (chunk ^ line % 8) * 16;
+    across = (kTurned ? x.extent : x.depth) - chunk * 8;
+    down = (kTurned ? x.depth : x.extent) - line;
   }
-}
+
+  __device__ __forceinline__ void next(unsigned char* stage, bool is_odd) {
+    const int lines = across > 0 ? down : 0;
+    const fp16* line = from;
+#pragma unroll
+    for (int i = 0; i < kOperandBytes / 16 / kGroup; ++i) {
+      copy_async(stage + to + i * kGroup * 16, line, i * kLines < lines);
+      line += step;
+    }
+    from += is_odd ? odd : even;
+    (kTurned ? down : across) -= kDepth;
+  }
+};
 
 // The 16 x 16 elements of operand a from row `first` and depth `k` on: one fragment a of mma.h.
 template <bool kTurned>
@@ -99,9 +115,11 @@ __device__ __forceinline__ void load_b(uint32_t (&b)[4], const unsigned char* fr
   }
 }
 
-template <bool kTurnedA, bool kTurnedB>
+// `meanwhile` is called once there is something to multiply.
+template <bool kTurnedA, bool kTurnedB, typename Meanwhile>
 __device__ __forceinline__ void multiply_stage(Accumulator& tile, const unsigned char* a,
-                                               const unsigned char* b, int row, int column) {
+                                               const unsigned char* b, int row, int column,
+                                               const Meanwhile& meanwhile) {
 #pragma unroll
   for (int k = 0; k < kDepth; k += 16) {
     uint32_t left[kDown][4], right[kAcross / 2][4];
@@ -109,6 +127,7 @@ __device__ __forceinline__ void multiply_stage(Accumulator& tile, const unsigned
     for (int i = 0; i < kDown; ++i) load_a<kTurnedA>(left[i], a, row + i * 16, k);
 #pragma unroll
     for (int j = 0; j < kAcross / 2; ++j) load_b<kTurnedB>(right[j], b, column + j * 16, k);
+    if (k == 0) meanwhile();
 #pragma unroll
     for (int i = 0; i < kDown; ++i)
 #pragma unroll
@@ -121,34 +140,56 @@ __device__ __forceinline__ void multiply_stage(Accumulator& tile, const unsigned
 
 GRACE_HOST_DEVICE int stages_of(const Operand& a) { return (a.depth + kDepth - 1) / kDepth; }
 
-// tile += a bᵀ by the group of this thread, its number `thread` there. All groups of the block call
-// together with the same `stages`, at least their own. `same`: b is a, fetched once.
+// Of the threads of this group, one of at most two; where it is emulated, of the block.
+__device__ __forceinline__ void group_barrier() {
+#if defined(GRACE_EMULATE)
+  __syncthreads();
+#else
+  if (threadIdx.x < kGroup) {
+    asm volatile("bar.sync 1, %0;" ::"n"(kGroup) : "memory");
+  } else {
+    asm volatile("bar.sync 2, %0;" ::"n"(kGroup) : "memory");
+  }
+#endif
+}
+
+// tile += a bᵀ by the group of this thread. All groups of the block call together with the same
+// `stages`, at least their own. `same`: b is a, fetched once. Afterwards the group may write where
+// its stages were.
 template <bool kTurnedA, bool kTurnedB>
 __device__ __forceinline__ void add_product(Accumulator& tile, const Operand& a, const Operand& b,
-                                            bool same, int stages, unsigned char* shared,
-                                            int thread) {
-  const int own = stages_of(a);
+                                            bool same, int stages, unsigned char* shared) {
+  const int thread = threadIdx.x % kGroup, own = stages_of(a);
   const int row = thread / 64 * kWarpTile, column = thread / 32 % 2 * kWarpTile;
   const bool needed = row < a.extent && column < b.extent;
-  const auto fetch_stage = [&](int stage) {
-    if (stage < own) {
-      unsigned char* const to = shared + stage % kStages * kStageBytes;
-      fetch<kTurnedA>(a, stage, to, thread);
-      if (!same) fetch<kTurnedB>(b, stage, to + kOperandBytes, thread);
+  Fetch<kTurnedA> fetch_a(a, thread);
+  Fetch<kTurnedB> fetch_b(b, thread);
+  int next = 0, next_slot = 0, slot = 0;
+  const auto fetch_stage = [&] {
+    if (next < own) {
+      unsigned char* const to = shared + next_slot * kStageBytes;
+      fetch_a.next(to, next % 2 != 0);
+      if (!same) fetch_b.next(to + kOperandBytes, next % 2 != 0);
     }
     commit_copies();
+    ++next;
+    next_slot = next_slot == kStages - 1 ? 0 : next_slot + 1;
   };
-  for (int stage = 0; stage < kStages - 1; ++stage) fetch_stage(stage);
+  for (int stage = 0; stage < kStages - 1; ++stage) fetch_stage();
   for (int stage = 0; stage < stages; ++stage) {
     wait_for_copies<kStages - 2>();
-    __syncthreads();
-    fetch_stage(stage + kStages - 1);
-    const unsigned char* const at = shared + stage % kStages * kStageBytes;
-    if (needed && stage < own)
-      multiply_stage<kTurnedA, kTurnedB>(tile, at, same ? at : at + kOperandBytes, row, column);
+    group_barrier();
+    const unsigned char* const at = shared + slot * kStageBytes;
+    if (needed && stage < own) {
+      multiply_stage<kTurnedA, kTurnedB>(tile, at, same ? at : at + kOperandBytes, row, column,
+                                         fetch_stage);
+    } else {
+      fetch_stage();
+    }
+    slot = slot == kStages - 1 ? 0 : slot + 1;
   }
   wait_for_copies<0>();
-  __syncthreads();  // the caller may write where the stages were
+  group_barrier();
 }
 
 // Rows of an fp32 tile in shared memory: padded, so that fragments are stored without conflicts.
@@ -162,7 +203,8 @@ __device__ __forceinline__ void store_fragment(float* tile, int row, int column,
   *reinterpret_cast<float2*>(to + 8 * kSharedPitch) = {d[2], d[3]};
 }
 
-__device__ __forceinline__ void store_tile(float* shared, const Accumulator& tile, int thread) {
+__device__ __forceinline__ void store_tile(float* shared, const Accumulator& tile) {
+  const int thread = threadIdx.x % kGroup;
 #pragma unroll
   for (int i = 0; i < kDown; ++i)
 #pragma unroll
