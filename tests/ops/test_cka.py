@@ -16,8 +16,9 @@ from windows import assert_margins_untouched, windowed
 from grace.ops import cka
 from grace.ops.cka import COUNTED, cka_and_counted, reference, reference_backward
 
-KERNEL_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# Around the kernels' tiles of 64 rows and strips of 512, with images that are empty or too small.
+HALF_DTYPES = [torch.bfloat16, torch.float16]
+KERNEL_DTYPES = [torch.float32, *HALF_DTYPES]
+# Around the kernels' tiles of 64 and 128 rows, with images that are empty or too small.
 LENGTHS = [[5], [64], [65, 4], [7, 0, 3, 130], [1, 128, 2, 0], [40, 40, 40]]
 
 Case = tuple[Tensor, Tensor, Tensor]
@@ -28,13 +29,17 @@ def bounds(lengths: list[int], start: int = 0) -> Tensor:
 
 
 def make_case(
-    lengths: list[int], ds: int = 20, dt: int = 33, dtype: torch.dtype = torch.float32
+    lengths: list[int],
+    ds: int = 20,
+    dt: int = 33,
+    dtype: torch.dtype = torch.float32,
+    offset: float = 1.0,
 ) -> Case:
     """Hidden states that share part of what they say, with a common offset as real ones have."""
     n = sum(lengths)
     common = torch.randn(n, 6)
-    student = common @ torch.randn(6, ds) + torch.randn(n, ds) + torch.randn(ds)
-    teacher = common @ torch.randn(6, dt) + torch.randn(n, dt) + torch.randn(dt)
+    student = common @ torch.randn(6, ds) + torch.randn(n, ds) + offset * torch.randn(ds)
+    teacher = common @ torch.randn(6, dt) + torch.randn(n, dt) + offset * torch.randn(dt)
     return student.to(dtype), teacher.to(dtype), bounds(lengths)
 
 
@@ -100,6 +105,110 @@ def assert_runs_accurately(kernels: Kernels, case: Case, ulps: float = 4) -> Non
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_kernel_is_accurate(kernels: Kernels, lengths, dtype):
     assert_runs_accurately(kernels, make_case(lengths, dtype=dtype))
+
+
+# Lengths, ds, dt. The emulated kernels hold less in memory than the real ones, so that these sizes
+# reach what only large ones do on a GPU.
+FORMS = {
+    "all forms together": ([1, 4, 37, 150, 300, 0, 520], 130, 200),
+    "few pairs, which share their depth": ([300], 330, 140),
+    "many pairs, a block each": ([2, 5] * 20 + [260], 90, 200),
+    "features alone": ([300], 130, 20),
+    "two images by their features": ([70, 3, 65], 40, 24),
+    "one wide, one narrow": ([40, 30], 8, 400),
+    "widths of 1 and 2": ([5, 66], 1, 2),
+}
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize(("lengths", "ds", "dt"), FORMS.values(), ids=FORMS)
+def test_every_way_is_accurate(kernels: Kernels, lengths, ds, dt, dtype):
+    assert_runs_accurately(kernels, make_case(lengths, ds, dt, dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+@pytest.mark.parametrize(
+    ("lengths", "ds", "dt"),
+    [
+        ([1, 4, 37, 576, 4096, 16384], 256, 384),
+        ([576], 4096, 5120),
+        ([576] * 8, 512, 1024),
+        ([4096, 576, 1024], 2048, 4096),
+        ([6100, 9000, 6200], 2048, 4096),
+    ],
+    ids=str,
+)
+def test_real_sizes_are_accurate(lengths, ds, dt, dtype):
+    """The truth is computed on the GPU too, in float64."""
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    kernels = Kernels("grace", "cuda")
+    case = tuple(kernels.put(*make_case(lengths, ds, dt, dtype)))
+    value, saved, grad = run(kernels, case)
+    exact = reference(*to_double(*case), 4)
+    # Tensor cores add in float32 without rounding to nearest: what that costs is stated here.
+    torch.testing.assert_close(value.double(), exact[0], rtol=0, atol=2e-5)
+    torch.testing.assert_close(saved.double(), exact[1], rtol=1e-4, atol=0)
+    ones = torch.ones_like(exact[0])
+    exact_grad = reference_backward(*backward_arguments(ones, to_double(*case), exact))
+    for rows in range(len(lengths)):
+        part = slice(*case[2][rows : rows + 2].tolist())
+        error = (grad[part].double() - exact_grad[part]).norm()
+        assert error <= torch.finfo(dtype).eps * exact_grad[part].norm()
+
+
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+@pytest.mark.parametrize("offset", [30.0, 300.0])
+def test_large_common_mean(kernels: Kernels, offset, dtype):
+    """Rows whose cosines are 0.999 and more: centered before they are rounded, nothing is lost."""
+    case = make_case([37, 70, 200], 80, 48, dtype, offset)
+    assert_runs_accurately(kernels, case)
+    value = run(kernels, case)[0].cpu().double()
+    torch.testing.assert_close(value, reference(*to_double(*case), 4)[0], rtol=0, atol=3e-5)
+
+
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+def test_huge_and_tiny_norms(kernels: Kernels, dtype):
+    """Norms of rows from far below 1 to near float16's end, whose squares are far beyond it."""
+    student, teacher, cu_seqlens = make_case([37, 120], 80, 48)
+    largest = {torch.float16: 4.0, torch.bfloat16: 12.0}[dtype]
+    case = tuple(
+        (x / x.abs().amax(1, keepdim=True) * 10 ** (torch.rand(157, 1) * 2 * largest - largest))
+        .mul(6)
+        .to(dtype)
+        for x in (student, teacher)
+    )
+    assert all(x.isfinite().all() for x in case)
+    outputs = kernels.cka(*kernels.put(*case, cu_seqlens), 4)
+    exact = reference(*to_double(*case), cu_seqlens, 4)
+    torch.testing.assert_close(outputs[0].cpu().double(), exact[0], rtol=0, atol=3e-5)
+    # What a row contributes does not depend on its norm, but for the gradient's division by it.
+    grad = run(kernels, (*case, cu_seqlens))[2].cpu().double()
+    ones = torch.ones(2, dtype=torch.float64)
+    double_case = (*to_double(*case), cu_seqlens)
+    exact_grad = reference_backward(*backward_arguments(ones, double_case, exact))
+    norms = case[0].double().norm(dim=1, keepdim=True)
+    kept = exact_grad.abs().amax(1) > 100 * torch.finfo(dtype).tiny  # others round to few digits
+    error = ((grad - exact_grad) * norms)[kept].abs().max()
+    assert error <= 4 * torch.finfo(dtype).eps * (exact_grad * norms)[kept].abs().max()
+
+
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+@pytest.mark.parametrize("lengths", [[60, 9], [150]], ids=str)
+def test_kernel_is_invariant(kernels: Kernels, lengths, dtype):
+    """To rotations and scales that are exact in every dtype."""
+    student, teacher, cu_seqlens = make_case(lengths, 40, 33, dtype)
+    value = run(kernels, (student, teacher, cu_seqlens))[0]
+    signs = torch.randint(0, 2, (40,)) * 2 - 1
+    rotated = student[:, torch.randperm(40)] * signs
+    scaled = student * 2.0 ** torch.randint(-3, 4, (len(student), 1))
+    for other in (rotated, scaled.to(dtype)):
+        actual = run(kernels, (other, teacher, cu_seqlens))[0]
+        torch.testing.assert_close(actual, value, rtol=0, atol=2e-6)
+    swapped = run(kernels, (teacher, student, cu_seqlens))[0]
+    torch.testing.assert_close(swapped, value, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("ds", [3, 9])
@@ -249,13 +358,15 @@ def test_no_rows(kernels: Kernels, lengths):
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
-def test_kernels_stay_inside_their_tensors(kernels: Kernels, dtype):
-    case = make_case([66, 0, 9], dtype=dtype)
+@pytest.mark.parametrize(("ds", "dt"), [(20, 33), (24, 136), (80, 104)])
+def test_kernels_stay_inside_their_tensors(kernels: Kernels, ds, dt, dtype):
+    case = make_case([66, 0, 9], ds, dt, dtype)
     cut = [windowed(t) for t in kernels.put(*case)]
     tensors = [inside for inside, _ in cut]
     value, _, grad = run(kernels, tensors)
     assert value.isfinite().all()
     assert grad.isfinite().all()
+    torch.testing.assert_close(value.cpu(), reference(*case, 4)[0], rtol=0, atol=1e-4)
     for _, buffer in cut:
         assert_margins_untouched(buffer)
 
