@@ -7,8 +7,8 @@
 //   d[0], d[1]  row gid, columns 2 tig, 2 tig + 1                (d[2], d[3]: row gid + 8)
 //
 // load_fragments fetches four 8 x 8 matrices of 16-bit elements from shared memory, of which lane l
-// points at row l % 8 of matrix l / 8, 16 bytes: v[i] is row gid, columns 2 tig, 2 tig + 1 of matrix
-// i, or with kTurned column gid, rows 2 tig, 2 tig + 1.
+// points at row l % 8 of matrix l / 8, 16 bytes: v[i] is row gid, columns 2 tig, 2 tig + 1 of
+// matrix i, or with kTurned column gid, rows 2 tig, 2 tig + 1.
 #pragma once
 
 #include <type_traits>

@@ -27,8 +27,8 @@ constexpr int kMostWeights = 1056;  // tiles of W in memory, 36 KiB each
 #endif
 
 // A block an image: the sums of its pairs or of its products, in a fixed order, and CKA.
-__global__ void __launch_bounds__(kThreads) value_kernel(GramArguments gram, int slices,
-                                                         FeatureArguments feature, Values values) {
+__global__ void __launch_bounds__(kThreads)
+    value_kernel(GramArguments gram, int slices, FeatureArguments feature, Values values) {
   __shared__ float scratch[kWarps];
   wait_for_previous_kernel();
   const int image = blockIdx.x, tiles = gram.tiles(image);
@@ -36,8 +36,7 @@ __global__ void __launch_bounds__(kThreads) value_kernel(GramArguments gram, int
   if (feature.is_feature(image)) {
     const float* from = feature.sums + int64_t{feature.slot_of(image)} * feature.tiles();
     const int ends[] = {feature.cross_tiles(),
-                        feature.cross_tiles() + pairs_of(feature.student_tiles()),
-                        feature.tiles()};
+                        feature.cross_tiles() + pairs_of(feature.student_tiles()), feature.tiles()};
     for (int which = 0; which < 3; ++which)
       for (int i = (which == 0 ? 0 : ends[which - 1]) + static_cast<int>(threadIdx.x);
            i < ends[which]; i += kThreads)
@@ -161,8 +160,8 @@ GramPlan gram_plan(const GramArguments& x, int device) {
   plan.whole = plan.pairs > kFewPairs && most_shared_bytes(device) >= kGramBytes;
   if (plan.whole || plan.pairs == 0) return plan;
   const int s = ceil_div(x.student_width, kDepth), t = ceil_div(x.teacher_width, kDepth);
-  const int stages = static_cast<int>(ceil_div<int64_t>(int64_t{plan.pairs} * (s + t),
-                                                        kWantedBlocks));
+  const int stages =
+      static_cast<int>(ceil_div<int64_t>(int64_t{plan.pairs} * (s + t), kWantedBlocks));
   plan.parts.stages = stages < 4 ? 4 : stages;
   plan.parts.student = ceil_div(s, plan.parts.stages);
   plan.parts.teacher = ceil_div(t, plan.parts.stages);
@@ -197,12 +196,12 @@ void launch_values(GramArguments gram, const Values& values, const Tensor& like)
   gram.sums = data<float>(sums);
   feature.sums = data<float>(feature_sums);
   launch_gram<false>(gram, plan, workspace, device);
-  launch(feature_kernel<false>,
-         following(dim3(feature.tiles(), static_cast<unsigned>(feature.slots())), kGroup,
-                   kTileBytes),
-         device, feature);
-  launch(value_kernel, following(dim3(values.images.count), kThreads), device, gram,
-         plan.slices(), feature, values);
+  launch(
+      feature_kernel<false>,
+      following(dim3(feature.tiles(), static_cast<unsigned>(feature.slots())), kGroup, kTileBytes),
+      device, feature);
+  launch(value_kernel, following(dim3(values.images.count), kThreads), device, gram, plan.slices(),
+         feature, values);
 }
 
 // Gradients of images in Gram form, and of rows in no image: window after window of W.
@@ -235,15 +234,15 @@ void launch_feature_direction(FeatureArguments x, const DirectionArguments<T>& d
            device, x, reinterpret_cast<fp16*>(direction.out));
   }
   if (x.slots() > 0)
-    launch(feature_normalization_kernel<T>, following(dim3(ceil_div(x.images.rows, kWarps)), kThreads),
-           device, x, direction.student, direction.inverse, direction.grad, direction.out);
+    launch(feature_normalization_kernel<T>,
+           following(dim3(ceil_div(x.images.rows, kWarps)), kThreads), device, x, direction.student,
+           direction.inverse, direction.grad, direction.out);
 }
 
 // Bytes of W with the row of tiles that a window ends in, or of an image's products.
 int64_t backward_bytes(const GramPlan& plan, const FeatureArguments& feature) {
   const int64_t most = int64_t{plan.tiles} * plan.most_tiles;
-  const int64_t weights =
-      most <= kMostWeights ? most : int64_t{kMostWeights} + plan.most_tiles;
+  const int64_t weights = most <= kMostWeights ? most : int64_t{kMostWeights} + plan.most_tiles;
   const int64_t products =
       feature.slots() > 0 ? int64_t{feature.widths()} * kept_pitch(feature.student_width) * 2 : 0;
   return weights * kWeightBytes > products ? weights * kWeightBytes : products;
@@ -280,9 +279,7 @@ Centered centered_of(const Tensor& kept, int width) {
   return {data<float>(kept), width, static_cast<int>(kept.size(1)), 1.0f / row_scale(width)};
 }
 
-int tile_rows(const Images& images) {
-  return images.piece_bound<grace::cka::float32::kTile>();
-}
+int tile_rows(const Images& images) { return images.piece_bound<grace::cka::float32::kTile>(); }
 
 void forward(const Centered& s, const Centered& t, const Values& values, const Tensor& like) {
   const int device = device_of(like), rows = tile_rows(values.images);

@@ -79,7 +79,8 @@ struct Piece {
 
 template <int kRows>
 GRACE_HOST_DEVICE Piece piece_of(int number, const Images& images) {
-  const int image = images.last_at_most(number, [&](int i) { return images.first_piece<kRows>(i); });
+  const int image =
+      images.last_at_most(number, [&](int i) { return images.first_piece<kRows>(i); });
   if (image < 0) return {-1, 0, 0, 0};
   const int index = number - images.first_piece<kRows>(image);
   const int left = images.length(image) - index * kRows;

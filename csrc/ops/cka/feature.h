@@ -83,8 +83,8 @@ __device__ __forceinline__ ProductScale product_scale(const FeatureArguments& x,
   const Factors factors = gradient_factors(kept, grad);
   const float cross = sqrtf(kept[kHsicBoth]), own = factors.ratio * sqrtf(kept[kHsicStudent]);
   const float largest = cross > own ? cross : own;
-  const float widths = sqrtf(static_cast<float>(x.student_width)) *
-                       sqrtf(static_cast<float>(x.teacher_width));
+  const float widths =
+      sqrtf(static_cast<float>(x.student_width)) * sqrtf(static_cast<float>(x.teacher_width));
   const float scale = largest > 0.0f ? widths / largest : 1.0f;
   const float s = row_scale(x.student_width), t = row_scale(x.teacher_width);
   return {scale / (t * t * s), -factors.ratio * scale / (s * s * s), factors.factor / scale};
@@ -148,8 +148,8 @@ __global__ void __launch_bounds__(kGroup, 2) feature_kernel(FeatureArguments x) 
 }
 
 // G / factor = T (TᵀS) - (a/b) S (SᵀS), left in fp16 where the gradient will be: a tile a block.
-__global__ void __launch_bounds__(kGroup, 2) feature_direction_kernel(FeatureArguments x,
-                                                                      fp16* out) {
+__global__ void __launch_bounds__(kGroup, 2)
+    feature_direction_kernel(FeatureArguments x, fp16* out) {
   wait_for_previous_kernel();
   GRACE_DYNAMIC_SHARED(shared);
   const Piece piece = piece_of<kTile>(blockIdx.x, x.images);

@@ -1,5 +1,5 @@
-// cka of float32 inputs: everything in float32 on CUDA cores, Grams only. Forward, one pass over the
-// tiles of all images' Grams, of which three sums a block leave the chip. Backward, the Grams'
+// cka of float32 inputs: everything in float32 on CUDA cores, Grams only. Forward, one pass over
+// the tiles of all images' Grams, of which three sums a block leave the chip. Backward, the Grams'
 // difference is made kStrip columns at a time and multiplied into rows that one block owns.
 #pragma once
 
@@ -62,8 +62,8 @@ struct Operands {
 
 // tile = the Gram of rows from `first` and rows from `second`, both of one image that ends at
 // `end`.
-__device__ inline void gram_tile(const Centered& x, int first, int second, int end, Operands& shared,
-                                 Tile& tile) {
+__device__ inline void gram_tile(const Centered& x, int first, int second, int end,
+                                 Operands& shared, Tile& tile) {
 #pragma unroll
   for (int i = 0; i < kEach; ++i)
 #pragma unroll

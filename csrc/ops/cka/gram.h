@@ -1,9 +1,10 @@
-// Products of Grams, for images with fewer rows than both widths together: pairs of tile rows (i, j),
-// i <= j, of both models' Grams K and L. Forward, three sums of a pair leave the chip. Backward, a
-// pair leaves W = (n / |L|) (L - ratio K), whose elements are near 1, at (i, j) and turned at (j, i).
+// Products of Grams, for images with fewer rows than both widths together: pairs of tile rows (i,
+// j), i <= j, of both models' Grams K and L. Forward, three sums of a pair leave the chip.
+// Backward, a pair leaves W = (n / |L|) (L - ratio K), whose elements are near 1, at (i, j) and
+// turned at (j, i).
 //
-// Two ways to the same pair: one block has both models, a group of warps each (many pairs), or blocks
-// share a pair's depth and leave parts that another kernel adds in order (few pairs).
+// Two ways to the same pair: one block has both models, a group of warps each (many pairs), or
+// blocks share a pair's depth and leave parts that another kernel adds in order (few pairs).
 #pragma once
 
 #include "ops/cka/rows.h"
@@ -31,9 +32,7 @@ struct Weights {
     return reinterpret_cast<float*>(tile(number) + kTile * kTile);
   }
   // Whether a row of tiles that begins with `number` is in memory.
-  __device__ __forceinline__ bool has(int64_t number) const {
-    return number / capacity == window;
-  }
+  __device__ __forceinline__ bool has(int64_t number) const { return number / capacity == window; }
 };
 
 struct GramArguments {
@@ -217,8 +216,8 @@ __device__ __forceinline__ void write_turned(const GramArguments& x, const Pair&
                                              const Slice& values, const Weighing& weigh) {
   constexpr int kRows = kSlice * kTile / kThreads;
   const int column = threadIdx.x % kTile, half = threadIdx.x / kTile;
-  fp16* const to = x.weights.tile(pair.weight(pair.j, pair.i)) + column * kTile + slice * kSlice +
-                   half * kRows;
+  fp16* const to =
+      x.weights.tile(pair.weight(pair.j, pair.i)) + column * kTile + slice * kSlice + half * kRows;
   float along = 0.0f;
 #pragma unroll
   for (int part = 0; part < kRows; part += kWide) {
@@ -289,11 +288,11 @@ __global__ void __launch_bounds__(kThreads, 1) gram_kernel(GramArguments x) {
 
 // How blocks share the depth of a pair.
 struct Parts {
-  float* at;        // [pairs, student + teacher, kTile * kTile], in the order of Accumulators
-  int first;        // pair
-  int student;      // parts of its depth
+  float* at;    // [pairs, student + teacher, kTile * kTile], in the order of Accumulators
+  int first;    // pair
+  int student;  // parts of its depth
   int teacher;
-  int stages;       // of a part
+  int stages;  // of a part
 
   __device__ __forceinline__ float4* part(int pair, int number) const {
     const int64_t index = int64_t{pair} * (student + teacher) + number;
@@ -375,8 +374,8 @@ __global__ void __launch_bounds__(kThreads) part_sum_kernel(GramArguments x, Par
   }
 }
 
-// G = W S and the gradient: a tile a block, through the normalization. The second range of tile rows
-// is of rows that lie in no image.
+// G = W S and the gradient: a tile a block, through the normalization. The second range of tile
+// rows is of rows that lie in no image.
 template <typename T>
 struct DirectionArguments {
   GramArguments gram;
@@ -398,8 +397,7 @@ __device__ __forceinline__ void write_eight(const DirectionArguments<T>& x, int 
   if (x.wide) {
     const auto v = *reinterpret_cast<const Eight<T>*>(x.student + at);
 #pragma unroll
-    for (int i = 0; i < kWide; ++i)
-      out[i] = (g[i] - to_float(v.at[i]) * inverse * along) * inverse;
+    for (int i = 0; i < kWide; ++i) out[i] = (g[i] - to_float(v.at[i]) * inverse * along) * inverse;
     store_eight(x.out + at, out);
     return;
   }

@@ -1,6 +1,6 @@
-// The first kernels of cka: both models' rows of length 1, centered by column, are written down once,
-// for the products of forward and backward. fp16 for 16-bit inputs: the rounding comes after the
-// centering, so it is relative to what is left of a row, however large the images' common mean.
+// The first kernels of cka: both models' rows of length 1, centered by column, are written down
+// once, for the products of forward and backward. fp16 for 16-bit inputs: the rounding comes after
+// the centering, so it is relative to what is left of a row, however large the images' common mean.
 #pragma once
 
 #include "common/async_copy.h"
@@ -173,8 +173,8 @@ __global__ void __launch_bounds__(kThreads) mean_kernel(BothRows<T, Kept> both, 
 
 // 3. The centered rows, and each one's product with the mean: kBatch rows a block.
 template <typename T, typename Kept, bool kAligned>
-__global__ void __launch_bounds__(kThreads, 2) center_kernel(BothRows<T, Kept> both,
-                                                             Images images) {
+__global__ void __launch_bounds__(kThreads, 2)
+    center_kernel(BothRows<T, Kept> both, Images images) {
   __shared__ float sums[kWarps][kBatch];
   wait_for_previous_kernel();
   const Rows<T, Kept> x = both.of(blockIdx.y);
@@ -191,10 +191,9 @@ __global__ void __launch_bounds__(kThreads, 2) center_kernel(BothRows<T, Kept> b
   for (int column = threadIdx.x * kWide; column < x.pitch; column += kThreads * kWide) {
     Eight<T> raw[kBatch];
 #pragma unroll
-    for (int row = 0; row < kBatch; ++row)
-      raw[row] = x.template load<kAligned>(rows[row], column);
-    const auto mean = *reinterpret_cast<const Eight<float>*>(
-        x.means + int64_t{piece.image} * x.pitch + column);
+    for (int row = 0; row < kBatch; ++row) raw[row] = x.template load<kAligned>(rows[row], column);
+    const auto mean =
+        *reinterpret_cast<const Eight<float>*>(x.means + int64_t{piece.image} * x.pitch + column);
 #pragma unroll
     for (int row = 0; row < kBatch; ++row) {
       float v[kWide];
@@ -227,7 +226,9 @@ void launch_rows(const BothRows<T, Kept>& both, const Images& images, size_t sha
   const int pitch =
       both.student.pitch > both.teacher.pitch ? both.student.pitch : both.teacher.pitch;
   const auto columns = static_cast<unsigned>(ceil_div(pitch, kMeanColumns));
-  const auto shape = [](dim3 grid, size_t bytes) { return LaunchShape{grid, kThreads, bytes, true}; };
+  const auto shape = [](dim3 grid, size_t bytes) {
+    return LaunchShape{grid, kThreads, bytes, true};
+  };
   launch(norm_kernel<T, Kept, kSource>, shape(dim3(pieces, 2), shared_bytes), device, both, images);
   launch(mean_kernel<T, Kept>, shape(dim3(images.count, columns, 2), 0), device, both, images);
   launch(center_kernel<T, Kept, kSource != Source::kElements>,

@@ -57,11 +57,11 @@ struct Fetch {
   static constexpr int kChunks = (kTurned ? kTile : kDepth) / 8;
   static constexpr int kLines = kGroup / kChunks;  // that the group fetches at a time
 
-  const fp16* from;  // where the next stage begins
-  int64_t step;      // to the next of this thread's lines
+  const fp16* from;   // where the next stage begins
+  int64_t step;       // to the next of this thread's lines
   int64_t even, odd;  // to the next stage, from an even and from an odd one
-  int to;            // in a stage, bytes
-  int across, down;  // elements that exist from here on in the line, and lines
+  int to;             // in a stage, bytes
+  int across, down;   // elements that exist from here on in the line, and lines
 
   __device__ __forceinline__ Fetch(const Operand& x, int thread) {
     const int chunk = thread % kChunks, line = thread / kChunks;
