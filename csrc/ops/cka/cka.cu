@@ -19,9 +19,10 @@ namespace {
 
 constexpr int kWantedBlocks = 264;  // two on each of an H200's multiprocessors
 #if defined(GRACE_EMULATE)          // small, so that tests reach what is beyond
-constexpr int kFewPairs = 12, kMostParts = 20, kMostWeights = 6;
+constexpr int kFewPairs = 12, kMostBlocks = 5, kMostParts = 20, kMostWeights = 6;
 #else
 constexpr int kFewPairs = 64;       // up to so many, blocks share a pair's depth
+constexpr int kMostBlocks = 528;    // of gram_kernel: four after another on an H200
 constexpr int kMostParts = 512;     // 64 KiB each, of workspace
 constexpr int kMostWeights = 1056;  // tiles of W in memory, 36 KiB each
 #endif
@@ -173,7 +174,8 @@ GramPlan gram_plan(const GramArguments& x, int device) {
 template <bool kBackward>
 void launch_gram(const GramArguments& x, GramPlan plan, const Tensor& workspace, int device) {
   if (plan.whole) {
-    launch(gram_kernel<kBackward>, following(dim3(plan.pairs), kThreads, kGramBytes), device, x);
+    const int blocks = plan.pairs < kMostBlocks ? plan.pairs : kMostBlocks;
+    launch(gram_kernel<kBackward>, following(dim3(blocks), kThreads, kGramBytes), device, x);
     return;
   }
   plan.parts.at = data<float>(workspace);
@@ -211,13 +213,15 @@ void launch_direction(DirectionArguments<T> x, const GramPlan& plan, const Tenso
   const int most = plan.tiles * plan.most_tiles;
   const auto columns = static_cast<unsigned>(ceil_div(x.gram.student_width, kTile));
   const Images& images = x.gram.images;
-  const auto rows = images.piece_bound<kTile>() + ceil_div(images.rows, kTile);
+  const int tile_rows = images.piece_bound<kTile>();
   Weights& w = x.gram.weights;
   w.at = data<unsigned char>(weights);
   w.capacity = most < 1 ? 1 : (most < kMostWeights ? most : kMostWeights);
   for (; w.window == 0 || w.window * w.capacity < most; ++w.window) {
     launch_gram<true>(x.gram, plan, parts, device);
-    launch(direction_kernel<T>, following(dim3(rows, columns), kGroup, kTileBytes), device, x);
+    const int outside = w.window == 0 ? ceil_div(images.rows, kTile) : 0;
+    launch(direction_kernel<T>, following(dim3(tile_rows + outside, columns), kGroup, kTileBytes),
+           device, x);
   }
 }
 

@@ -253,26 +253,10 @@ __device__ __forceinline__ void write_sums(float* to, const float (&sums)[3], fl
 
 constexpr int kGramBytes = 2 * kTileBytes;  // of shared memory
 
-// A pair a block, a model a group of warps.
+// Finishes a pair whose tiles of K and L lie at the beginnings of the groups' stages.
 template <bool kBackward>
-__global__ void __launch_bounds__(kThreads, 1) gram_kernel(GramArguments x) {
-  wait_for_previous_kernel();
-  GRACE_DYNAMIC_SHARED(shared);
-  __shared__ float scratch[kWarps];
-  const Pair pair = pair_of(blockIdx.x, x);
-  if (!wanted<kBackward>(pair, x)) return;
-
-  const int model = threadIdx.x / kGroup;
-  const int width = model == 0 ? x.student_width : x.teacher_width;
-  const int widest = x.student_width > x.teacher_width ? x.student_width : x.teacher_width;
-  Accumulator tile = {};
-  add_product<false, false>(tile, gram_operand(x, model, pair.image, pair.i, 0, width),
-                            gram_operand(x, model, pair.image, pair.j, 0, width), pair.i == pair.j,
-                            ceil_div(widest, kDepth), shared + model * kTileBytes);
-  auto* const tiles = reinterpret_cast<float*>(shared);
-  store_tile(tiles + model * kTileBytes / 4, tile);
-  __syncthreads();
-
+__device__ __forceinline__ void finish_pair(const GramArguments& x, const Pair& pair, int number,
+                                            const float* tiles, float* scratch) {
   float sums[3] = {};
   for (int slice = 0; slice < kSlices; ++slice) {
     const float* const k = tiles + slice * kSlice * kSharedPitch;
@@ -283,7 +267,34 @@ __global__ void __launch_bounds__(kThreads, 1) gram_kernel(GramArguments x) {
       add_sums(sums, values, pair.i == pair.j ? 1.0f : 2.0f);
     }
   }
-  if constexpr (!kBackward) write_sums(x.sums + int64_t{blockIdx.x} * 3, sums, scratch);
+  if constexpr (!kBackward) write_sums(x.sums + int64_t{number} * 3, sums, scratch);
+}
+
+// A pair a block, a model a group of warps. There may be more pairs than blocks: those of a number
+// beyond the grid follow.
+template <bool kBackward>
+__global__ void __launch_bounds__(kThreads, 1) gram_kernel(GramArguments x) {
+  wait_for_previous_kernel();
+  GRACE_DYNAMIC_SHARED(shared);
+  __shared__ float scratch[kWarps];
+  const int model = threadIdx.x / kGroup;
+  const int width = model == 0 ? x.student_width : x.teacher_width;
+  const int widest = x.student_width > x.teacher_width ? x.student_width : x.teacher_width;
+  for (int number = blockIdx.x;; number += gridDim.x) {
+    const Pair pair = pair_of(number, x);
+    if (pair.image < 0) return;
+    if (!wanted<kBackward>(pair, x)) continue;
+    Accumulator tile = {};
+    add_product<false, false>(tile, gram_operand(x, model, pair.image, pair.i, 0, width),
+                              gram_operand(x, model, pair.image, pair.j, 0, width),
+                              pair.i == pair.j, ceil_div(widest, kDepth),
+                              shared + model * kTileBytes);
+    auto* const tiles = reinterpret_cast<float*>(shared);
+    store_tile(tiles + model * kTileBytes / 4, tile);
+    __syncthreads();
+    finish_pair<kBackward>(x, pair, number, tiles, scratch);
+    __syncthreads();  // the next pair's stages overwrite the tiles
+  }
 }
 
 // How blocks share the depth of a pair.
@@ -436,8 +447,7 @@ __global__ void __launch_bounds__(kGroup, 2) direction_kernel(DirectionArguments
   const int tile_rows = gram.images.piece_bound<kTile>();
   const int first_column = static_cast<int>(blockIdx.y) * kTile;
   if (static_cast<int>(blockIdx.x) >= tile_rows) {
-    if (gram.weights.window == 0)
-      clear_outside(x, static_cast<int>(blockIdx.x) - tile_rows, first_column);
+    clear_outside(x, static_cast<int>(blockIdx.x) - tile_rows, first_column);
     return;
   }
   const Piece piece = piece_of<kTile>(blockIdx.x, gram.images);

@@ -171,14 +171,15 @@ __global__ void __launch_bounds__(kThreads) mean_kernel(BothRows<T, Kept> both, 
   x.means[int64_t{image} * x.pitch + column] = n > 0 ? sum / static_cast<float>(n) : 0.0f;
 }
 
-// 3. The centered rows, and each one's product with the mean: kBatch rows a block.
+// 3. The centered rows, and each one's product with the mean: kBatch rows a block. Backwards, from
+// what norm_kernel has read last and may still be in the cache.
 template <typename T, typename Kept, bool kAligned>
 __global__ void __launch_bounds__(kThreads, 2)
     center_kernel(BothRows<T, Kept> both, Images images) {
   __shared__ float sums[kWarps][kBatch];
   wait_for_previous_kernel();
-  const Rows<T, Kept> x = both.of(blockIdx.y);
-  const Piece piece = piece_of<kBatch>(blockIdx.x, images);
+  const Rows<T, Kept> x = both.of(1 - static_cast<int>(blockIdx.y));
+  const Piece piece = piece_of<kBatch>(static_cast<int>(gridDim.x - 1 - blockIdx.x), images);
   if (piece.image < 0) return;
   const float scale = row_scale(x.width);
   int rows[kBatch];  // one that is not there: the last one
