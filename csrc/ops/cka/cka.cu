@@ -24,7 +24,7 @@ constexpr int kFewPairs = 12, kMostBlocks = 5, kMostParts = 20, kMostWeights = 6
 constexpr int kFewPairs = 64;       // up to so many, blocks share a pair's depth
 constexpr int kMostBlocks = 528;    // of gram_kernel: four after another on an H200
 constexpr int kMostParts = 512;     // 64 KiB each, of workspace
-constexpr int kMostWeights = 1056;  // tiles of W in memory, 36 KiB each
+constexpr int kMostWeights = 1024;  // tiles of W in memory, 36 KiB each
 #endif
 
 // A block an image: the sums of its pairs or of its products, in a fixed order, and CKA.

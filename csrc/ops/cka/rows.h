@@ -75,16 +75,57 @@ int64_t staged_bytes(int pitch) {
   return int64_t{pitch} * (kBatch * static_cast<int>(sizeof(T)) + 4);
 }
 
-// Copies rows [first, first + count) to shared memory; the caller waits.
-template <typename T, typename Kept>
-__device__ __forceinline__ void stage_rows(const Rows<T, Kept>& x, int first, int count, T* to) {
-  const T* from = x.raw + int64_t{first} * x.width;
-  for (int i = threadIdx.x * kWide; i < count * x.width; i += kThreads * kWide)
-    copy_async(to + i, from + i, true);
-  commit_copies();
-}
+// Rows of a piece as norm_kernel reads them.
+template <typename T, typename Kept, Source kSource>
+struct PieceRows {
+  const Rows<T, Kept>& x;
+  int first;  // of the piece
+  T* staged;  // [kBatch, width]
 
-// 1. Norms, a warp a row, and the piece's sums of unit rows.
+  __device__ __forceinline__ Eight<T> load(int row, int column) const {
+    if constexpr (kSource == Source::kStaged)
+      return *reinterpret_cast<const Eight<T>*>(staged + row % kBatch * x.width + column);
+    return x.template load<kSource != Source::kElements>(first + row, column);
+  }
+
+  __device__ __forceinline__ void stage(int begin, int end) const {
+    if constexpr (kSource != Source::kStaged) return;
+    const T* from = x.raw + int64_t{first + begin} * x.width;
+    for (int i = threadIdx.x * kWide; i < (end - begin) * x.width; i += kThreads * kWide)
+      copy_async(staged + i, from + i, true);
+    commit_copies();
+    wait_for_copies<0>();
+    __syncthreads();
+  }
+
+  // By a warp.
+  __device__ __forceinline__ float inverse_norm_of(int row) const {
+    float sum = 0.0f;
+#pragma unroll 4
+    for (int column = threadIdx.x % kWarpSize * kWide; column < x.width;
+         column += kWarpSize * kWide) {
+      const Eight<T> v = load(row, column);
+#pragma unroll
+      for (int i = 0; i < kWide; ++i) sum += to_float(v.at[i]) * to_float(v.at[i]);
+    }
+    return inverse_norm(warp_sum(sum));
+  }
+
+  // total += eight columns of the unit rows [begin, end), at most kBatch.
+  __device__ __forceinline__ void add_units(float (&total)[kWide], int begin, int end, int column,
+                                            const float* inverse) const {
+#pragma unroll
+    for (int row = 0; row < kBatch; ++row) {
+      if (begin + row >= end) break;
+      const Eight<T> v = load(begin + row, column);
+#pragma unroll
+      for (int i = 0; i < kWide; ++i) total[i] += to_float(v.at[i]) * inverse[row];
+    }
+  }
+};
+
+// 1. Norms, a warp a row, and the piece's sums of unit rows. A thread adds up the same columns of
+// every batch, in shared memory where there is some, and leaves the last sums in memory.
 template <typename T, typename Kept, Source kSource>
 __global__ void __launch_bounds__(kThreads, 2) norm_kernel(BothRows<T, Kept> both, Images images) {
   GRACE_DYNAMIC_SHARED(shared);
@@ -93,48 +134,24 @@ __global__ void __launch_bounds__(kThreads, 2) norm_kernel(BothRows<T, Kept> bot
   const Rows<T, Kept> x = both.of(blockIdx.y);
   const Piece piece = piece_of<kPiece>(blockIdx.x, images);
   if (piece.image < 0) return;
-  constexpr bool kStaged = kSource == Source::kStaged;
-  auto* const staged = reinterpret_cast<T*>(shared + (kStaged ? int64_t{x.pitch} * 4 : 0));
-  auto* const sums =
-      kStaged ? reinterpret_cast<float*>(shared) : x.sums + int64_t{blockIdx.x} * x.pitch;
-  const auto load = [&](int row, int column) {
-    if constexpr (kStaged)
-      return *reinterpret_cast<const Eight<T>*>(staged + (row % kBatch) * x.width + column);
-    return x.template load<kSource != Source::kElements>(piece.first + row, column);
-  };
-  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  float* const out = x.sums + int64_t{blockIdx.x} * x.pitch;
+  float* const sums = kSource == Source::kStaged ? reinterpret_cast<float*>(shared) : out;
+  const PieceRows<T, Kept, kSource> rows = {x, piece.first,
+                                            reinterpret_cast<T*>(shared + int64_t{x.pitch} * 4)};
   for (int begin = 0; begin < piece.count; begin += kBatch) {
     const int end = begin + kBatch < piece.count ? begin + kBatch : piece.count;
-    if constexpr (kStaged) {
-      stage_rows(x, piece.first + begin, end - begin, staged);
-      wait_for_copies<0>();
-      __syncthreads();
-    }
-    for (int row = begin + warp; row < end; row += kWarps) {
-      float sum = 0.0f;
-#pragma unroll 4
-      for (int column = lane * kWide; column < x.width; column += kWarpSize * kWide) {
-        const Eight<T> v = load(row, column);
-#pragma unroll
-        for (int i = 0; i < kWide; ++i) sum += to_float(v.at[i]) * to_float(v.at[i]);
-      }
-      sum = warp_sum(sum);
-      if (lane == 0) x.inverse[piece.first + row] = inverse[row - begin] = inverse_norm(sum);
+    rows.stage(begin, end);
+    for (int row = begin + threadIdx.x / kWarpSize; row < end; row += kWarps) {
+      const float own = rows.inverse_norm_of(row);
+      if (threadIdx.x % kWarpSize == 0) x.inverse[piece.first + row] = inverse[row - begin] = own;
     }
     __syncthreads();
     for (int column = threadIdx.x * kWide; column < x.pitch; column += kThreads * kWide) {
       float total[kWide];
 #pragma unroll
       for (int i = 0; i < kWide; ++i) total[i] = begin == 0 ? 0.0f : sums[column + i];
-#pragma unroll
-      for (int row = 0; row < kBatch; ++row) {
-        if (begin + row >= end) break;
-        const Eight<T> v = load(begin + row, column);
-#pragma unroll
-        for (int i = 0; i < kWide; ++i) total[i] += to_float(v.at[i]) * inverse[row];
-      }
-      const bool last = end == piece.count;
-      store_eight(last ? x.sums + int64_t{blockIdx.x} * x.pitch + column : sums + column, total);
+      rows.add_units(total, begin, end, column, inverse);
+      store_eight((end == piece.count ? out : sums) + column, total);
     }
     __syncthreads();
   }
