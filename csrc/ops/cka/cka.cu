@@ -17,19 +17,17 @@
 namespace grace::cka {
 namespace {
 
-constexpr int kWantedBlocks = 264;  // two on each of an H200's multiprocessors
-#if defined(GRACE_EMULATE)          // small, so that tests reach what is beyond
-constexpr int kFewPairs = 12, kMostBlocks = 5, kMostParts = 20, kMostWeights = 6;
+#if defined(GRACE_EMULATE)  // small, so that tests reach what is beyond
+constexpr int kMostBlocks = 3, kMostWeights = 6;
 #else
-constexpr int kFewPairs = 64;       // up to so many, blocks share a pair's depth
 constexpr int kMostBlocks = 528;    // of gram_kernel: four after another on an H200
-constexpr int kMostParts = 512;     // 64 KiB each, of workspace
 constexpr int kMostWeights = 1024;  // tiles of W in memory, 36 KiB each
 #endif
+constexpr int kMostRound = 256;
 
 // A block an image: the sums of its pairs or of its products, in a fixed order, and CKA.
 __global__ void __launch_bounds__(kThreads)
-    value_kernel(GramArguments gram, int slices, FeatureArguments feature, Values values) {
+    value_kernel(GramArguments gram, FeatureArguments feature, Values values) {
   __shared__ float scratch[kWarps];
   wait_for_previous_kernel();
   const int image = blockIdx.x, tiles = gram.tiles(image);
@@ -43,8 +41,8 @@ __global__ void __launch_bounds__(kThreads)
            i < ends[which]; i += kThreads)
         own[which] += from[i];
   } else {
-    const float* from = gram.sums + int64_t{before(gram, image).pairs} * slices * 3;
-    for (int i = threadIdx.x; i < pairs_of(tiles) * slices; i += kThreads)
+    const float* from = gram.sums + int64_t{before(gram, image).pairs} * kSlices * 3;
+    for (int i = threadIdx.x; i < pairs_of(tiles) * kSlices; i += kThreads)
       for (int which = 0; which < 3; ++which) own[which] += from[i * 3 + which];
   }
   const float hsic[] = {block_sum<kThreads>(own[0], scratch), block_sum<kThreads>(own[1], scratch),
@@ -65,16 +63,20 @@ bool wide_rows(const Tensor& x) {
   return x.size(1) % kWide == 0 && reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0;
 }
 
-int most_shared_bytes([[maybe_unused]] int device) {
 #if defined(GRACE_EMULATE)
-  return kGramBytes;
+int most_shared_bytes(int /*device*/) { return kGramBytes; }
+int multiprocessors(int /*device*/) { return 4; }
 #else
-  int bytes = 0;
-  check_cuda(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-             "asking for a block's shared memory");
-  return bytes;
-#endif
+int device_attribute(cudaDeviceAttr attribute, int device) {
+  int value = 0;
+  check_cuda(cudaDeviceGetAttribute(&value, attribute, device), "asking for a device's attribute");
+  return value;
 }
+int most_shared_bytes(int device) {
+  return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+}
+int multiprocessors(int device) { return device_attribute(cudaDevAttrMultiProcessorCount, device); }
+#endif
 
 LaunchShape following(dim3 grid, int threads, size_t shared_bytes = 0) {
   LaunchShape shape{grid, dim3(threads), shared_bytes};
@@ -138,17 +140,14 @@ FeatureArguments feature_arguments(const GramArguments& gram) {
   return x;
 }
 
-// How the pairs of a call are launched, for the worst case of its images' lengths.
+// What the pairs of a call come to in the worst case of its images' lengths.
 struct GramPlan {
   int most_tiles;  // along a side of a Gram
   int tiles;       // rows of tiles of all images
   int pairs;
-  bool whole;  // gram_kernel; else part_kernel and part_sum_kernel
-  Parts parts;
-  int group;  // pairs that parts are made of at a time
+  Sharing sharing;
 
-  int slices() const { return whole ? 1 : kSlices; }
-  int part_tiles() const { return group * (parts.student + parts.teacher); }
+  int parts() const { return pairs > 0 ? 3 * sharing.round : 0; }
 };
 
 GramPlan gram_plan(const GramArguments& x, int device) {
@@ -158,52 +157,55 @@ GramPlan gram_plan(const GramArguments& x, int device) {
   plan.most_tiles = ceil_div(longest, kTile);
   plan.tiles = (x.images.rows + (kTile - 1) * x.images.count) / kTile;
   plan.pairs = static_cast<int>(int64_t{plan.tiles} * (plan.most_tiles + 1) / 2);
-  plan.whole = plan.pairs > kFewPairs && most_shared_bytes(device) >= kGramBytes;
-  if (plan.whole || plan.pairs == 0) return plan;
-  const int s = ceil_div(x.student_width, kDepth), t = ceil_div(x.teacher_width, kDepth);
-  const int stages =
-      static_cast<int>(ceil_div<int64_t>(int64_t{plan.pairs} * (s + t), kWantedBlocks));
-  plan.parts.stages = stages < 4 ? 4 : stages;
-  plan.parts.student = ceil_div(s, plan.parts.stages);
-  plan.parts.teacher = ceil_div(t, plan.parts.stages);
-  const int most = kMostParts / (plan.parts.student + plan.parts.teacher);
-  plan.group = most < 1 ? 1 : (most < plan.pairs ? most : plan.pairs);
+  const int round = multiprocessors(device);
+  plan.sharing.round = round < 2 ? 2 : (round < kMostRound ? round : kMostRound);
+  plan.sharing.whole = most_shared_bytes(device) >= kGramBytes;
   return plan;
 }
 
 template <bool kBackward>
-void launch_gram(const GramArguments& x, GramPlan plan, const Tensor& workspace, int device) {
-  if (plan.whole) {
-    const int blocks = plan.pairs < kMostBlocks ? plan.pairs : kMostBlocks;
-    launch(gram_kernel<kBackward>, following(dim3(blocks), kThreads, kGramBytes), device, x);
+void launch_parts(const GramArguments& x, const GramPlan& plan, const Sharing& sharing,
+                  int device) {
+  const int half = sharing.round / 2, pairs = plan.pairs < half ? plan.pairs : half;
+  launch(part_kernel<kBackward>, following(dim3(plan.parts()), kGroup, kTileBytes), device, x,
+         sharing);
+  launch(part_sum_kernel<kBackward>, following(dim3(pairs, kSlices), kThreads), device, x, sharing);
+}
+
+template <bool kBackward>
+void launch_gram(const GramArguments& x, const GramPlan& plan, const Tensor& parts, int device) {
+  if (plan.pairs == 0) return;
+  Sharing sharing = plan.sharing;
+  sharing.parts = data<float>(parts);
+  if (!sharing.whole) {
+    for (; sharing.first < plan.pairs; sharing.first += sharing.round / 2)
+      launch_parts<kBackward>(x, plan, sharing, device);
     return;
   }
-  plan.parts.at = data<float>(workspace);
-  for (Parts parts = plan.parts; parts.first < plan.pairs; parts.first += plan.group) {
-    const auto both = static_cast<unsigned>(parts.student + parts.teacher);
-    launch(part_kernel<kBackward>, following(dim3(plan.group, both), kGroup, kTileBytes), device, x,
-           parts);
-    launch(part_sum_kernel<kBackward>, following(dim3(plan.group, kSlices), kThreads), device, x,
-           parts);
+  if (plan.pairs > sharing.round / 2) {  // else few enough to be shared, all of them
+    const int blocks = plan.pairs < kMostBlocks ? plan.pairs : kMostBlocks;
+    launch(gram_kernel<kBackward>, following(dim3(blocks), kThreads, kGramBytes), device, x,
+           sharing);
   }
+  launch_parts<kBackward>(x, plan, sharing, device);
 }
 
 void launch_values(GramArguments gram, const Values& values, const Tensor& like) {
   const int device = device_of(like);
   const GramPlan plan = gram_plan(gram, device);
   FeatureArguments feature = feature_arguments(gram);
-  Tensor workspace = empty_float(like, {int64_t{plan.part_tiles()} * kTile * kTile});
-  Tensor sums = empty_float(like, {int64_t{plan.pairs} * plan.slices() * 3});
+  Tensor parts = empty_float(like, {int64_t{plan.parts()} * kTile * kTile});
+  Tensor sums = empty_float(like, {int64_t{plan.pairs} * kSlices * 3});
   Tensor feature_sums = empty_float(like, {int64_t{feature.slots()} * feature.tiles()});
   gram.sums = data<float>(sums);
   feature.sums = data<float>(feature_sums);
-  launch_gram<false>(gram, plan, workspace, device);
+  launch_gram<false>(gram, plan, parts, device);
   launch(
       feature_kernel<false>,
       following(dim3(feature.tiles(), static_cast<unsigned>(feature.slots())), kGroup, kTileBytes),
       device, feature);
-  launch(value_kernel, following(dim3(values.images.count), kThreads), device, gram, plan.slices(),
-         feature, values);
+  launch(value_kernel, following(dim3(values.images.count), kThreads), device, gram, feature,
+         values);
 }
 
 // Gradients of images in Gram form, and of rows in no image: window after window of W.
@@ -263,7 +265,7 @@ void backward_tensor_cores(const Tensor& grad, const Tensor& student, const Kept
   const GramPlan plan = gram_plan(gram, device);
   FeatureArguments feature = feature_arguments(gram);
   Tensor workspace = empty_float(student, {ceil_div<int64_t>(backward_bytes(plan, feature), 4)});
-  Tensor parts = empty_float(student, {int64_t{plan.part_tiles()} * kTile * kTile});
+  Tensor parts = empty_float(student, {int64_t{plan.parts()} * kTile * kTile});
   const DirectionArguments<T> direction = {gram,
                                            data<T>(student),
                                            data<float>(kept.stats),

@@ -267,22 +267,67 @@ __device__ __forceinline__ void finish_pair(const GramArguments& x, const Pair& 
       add_sums(sums, values, pair.i == pair.j ? 1.0f : 2.0f);
     }
   }
-  if constexpr (!kBackward) write_sums(x.sums + int64_t{number} * 3, sums, scratch);
+  if constexpr (kBackward) return;
+  float* const to = x.sums + int64_t{number} * kSlices * 3;
+  write_sums(to, sums, scratch);
+  if (threadIdx.x >= 3 && threadIdx.x < kSlices * 3) to[threadIdx.x] = 0.0f;
+}
+
+// How the pairs are launched. `whole`: gram_kernel can be; then `first` is 0. Else part_kernel
+// makes all pairs, those from `first` on in this launch.
+struct Sharing {
+  float* parts;  // [3 round] tiles, in the order of Accumulators
+  int round;     // of blocks that the GPU has a multiprocessor for
+  bool whole;
+  int first;
+};
+
+// Pairs [first, first + count), each made in parts of so many stages.
+struct Shared {
+  int first;
+  int count;
+  int student;  // parts
+  int teacher;
+  int stages;
+
+  GRACE_HOST_DEVICE int parts() const { return student + teacher; }
+};
+
+__device__ __forceinline__ Shared shared_pairs(const GramArguments& x, const Sharing& sharing) {
+  const int total = before(x, x.images.count).pairs, most = sharing.round / 2;
+  Shared shared = {};
+  if (sharing.whole) {
+    const int rest = total % sharing.round;
+    shared.count = rest <= most ? rest : 0;
+    shared.first = total - shared.count;
+  } else {
+    const int rest = total - sharing.first;
+    shared.count = rest < most ? (rest > 0 ? rest : 0) : most;
+    shared.first = sharing.first;
+  }
+  if (shared.count == 0) return shared;
+  const int s = ceil_div(x.student_width, kDepth), t = ceil_div(x.teacher_width, kDepth);
+  const auto stages = static_cast<int>(
+      ceil_div<int64_t>(int64_t{shared.count} * (s + t), 2 * int64_t{sharing.round}));
+  shared.stages = stages < 4 ? 4 : stages;
+  shared.student = ceil_div(s, shared.stages);
+  shared.teacher = ceil_div(t, shared.stages);
+  return shared;
 }
 
 // A pair a block, a model a group of warps. There may be more pairs than blocks: those of a number
 // beyond the grid follow.
 template <bool kBackward>
-__global__ void __launch_bounds__(kThreads, 1) gram_kernel(GramArguments x) {
+__global__ void __launch_bounds__(kThreads, 1) gram_kernel(GramArguments x, Sharing sharing) {
   wait_for_previous_kernel();
   GRACE_DYNAMIC_SHARED(shared);
   __shared__ float scratch[kWarps];
   const int model = threadIdx.x / kGroup;
   const int width = model == 0 ? x.student_width : x.teacher_width;
   const int widest = x.student_width > x.teacher_width ? x.student_width : x.teacher_width;
-  for (int number = blockIdx.x;; number += gridDim.x) {
+  const int end = shared_pairs(x, sharing).first;
+  for (int number = blockIdx.x; number < end; number += gridDim.x) {
     const Pair pair = pair_of(number, x);
-    if (pair.image < 0) return;
     if (!wanted<kBackward>(pair, x)) continue;
     Accumulator tile = {};
     add_product<false, false>(tile, gram_operand(x, model, pair.image, pair.i, 0, width),
@@ -297,35 +342,28 @@ __global__ void __launch_bounds__(kThreads, 1) gram_kernel(GramArguments x) {
   }
 }
 
-// How blocks share the depth of a pair.
-struct Parts {
-  float* at;    // [pairs, student + teacher, kTile * kTile], in the order of Accumulators
-  int first;    // pair
-  int student;  // parts of its depth
-  int teacher;
-  int stages;  // of a part
+__device__ __forceinline__ float4* part_of(const Sharing& sharing, int64_t number) {
+  return reinterpret_cast<float4*>(sharing.parts + number * kTile * kTile);
+}
 
-  __device__ __forceinline__ float4* part(int pair, int number) const {
-    const int64_t index = int64_t{pair} * (student + teacher) + number;
-    return reinterpret_cast<float4*>(at + index * kTile * kTile);
-  }
-};
-
+// A part a block: those of a pair follow each other, the student's first.
 template <bool kBackward>
-__global__ void __launch_bounds__(kGroup, 2) part_kernel(GramArguments x, Parts parts) {
+__global__ void __launch_bounds__(kGroup, 2) part_kernel(GramArguments x, Sharing sharing) {
   wait_for_previous_kernel();
   GRACE_DYNAMIC_SHARED(shared);
-  const Pair pair = pair_of(parts.first + static_cast<int>(blockIdx.x), x);
+  const Shared pairs = shared_pairs(x, sharing);
+  if (static_cast<int>(blockIdx.x) >= pairs.count * pairs.parts()) return;
+  const Pair pair = pair_of(pairs.first + static_cast<int>(blockIdx.x) / pairs.parts(), x);
   if (!wanted<kBackward>(pair, x)) return;
-  const int number = blockIdx.y;
-  const int model = number < parts.student ? 0 : 1;
-  const int first = (number - model * parts.student) * parts.stages * kDepth;
-  const int depth = parts.stages * kDepth;
+  const int number = static_cast<int>(blockIdx.x) % pairs.parts();
+  const int model = number < pairs.student ? 0 : 1;
+  const int first = (number - model * pairs.student) * pairs.stages * kDepth;
+  const int depth = pairs.stages * kDepth;
   Accumulator tile = {};
   const Operand a = gram_operand(x, model, pair.image, pair.i, first, depth);
   add_product<false, false>(tile, a, gram_operand(x, model, pair.image, pair.j, first, depth),
                             pair.i == pair.j, stages_of(a), shared);
-  float4* const to = parts.part(blockIdx.x, number);
+  float4* const to = part_of(sharing, blockIdx.x);
 #pragma unroll
   for (int i = 0; i < kDown; ++i)
 #pragma unroll
@@ -335,7 +373,7 @@ __global__ void __launch_bounds__(kGroup, 2) part_kernel(GramArguments x, Parts 
 }
 
 // A slice's fragments of the parts [first, last) added up, into shared memory.
-__device__ __forceinline__ void add_parts(const Parts& parts, int first, int last, int slice,
+__device__ __forceinline__ void add_parts(const Sharing& sharing, int first, int last, int slice,
                                           float* to) {
   constexpr int kFragments = kSlice * kTile / 4;
   constexpr int kEach = kFragments / kThreads;
@@ -354,7 +392,7 @@ __device__ __forceinline__ void add_parts(const Parts& parts, int first, int las
   for (int number = first; number < last; ++number)
 #pragma unroll
     for (int e = 0; e < kEach; ++e) {
-      const float4 v = parts.part(blockIdx.x, number)[at[e]];
+      const float4 v = part_of(sharing, number)[at[e]];
       sums[e][0] += v.x, sums[e][1] += v.y, sums[e][2] += v.z, sums[e][3] += v.w;
     }
 #pragma unroll
@@ -363,17 +401,20 @@ __device__ __forceinline__ void add_parts(const Parts& parts, int first, int las
 
 // A slice of a pair a block: its parts in order, then as gram_kernel ends.
 template <bool kBackward>
-__global__ void __launch_bounds__(kThreads) part_sum_kernel(GramArguments x, Parts parts) {
+__global__ void __launch_bounds__(kThreads) part_sum_kernel(GramArguments x, Sharing sharing) {
   wait_for_previous_kernel();
   __shared__ float4 shared[2][kSlice * kSharedPitch / 4];
   __shared__ float scratch[kWarps];
-  const int number = parts.first + static_cast<int>(blockIdx.x), slice = blockIdx.y;
+  const Shared pairs = shared_pairs(x, sharing);
+  if (static_cast<int>(blockIdx.x) >= pairs.count) return;
+  const int number = pairs.first + static_cast<int>(blockIdx.x), slice = blockIdx.y;
   const Pair pair = pair_of(number, x);
   if (!wanted<kBackward>(pair, x)) return;
   auto* const k = reinterpret_cast<float*>(shared[0]);
   auto* const l = reinterpret_cast<float*>(shared[1]);
-  add_parts(parts, 0, parts.student, slice, k);
-  add_parts(parts, parts.student, parts.student + parts.teacher, slice, l);
+  const int first = static_cast<int>(blockIdx.x) * pairs.parts();
+  add_parts(sharing, first, first + pairs.student, slice, k);
+  add_parts(sharing, first + pairs.student, first + pairs.parts(), slice, l);
   __syncthreads();
   const Slice values = slice_of(x, k, l);
   if constexpr (kBackward) {
