@@ -255,9 +255,7 @@ def reference_backward(
 
 
 @_library.fake("cka")
-def _(
-    student: Tensor, teacher: Tensor, cu_seqlens: Tensor, min_tokens: int
-) -> tuple[Tensor, ...]:
+def _(student: Tensor, teacher: Tensor, cu_seqlens: Tensor, min_tokens: int) -> tuple[Tensor, ...]:
     return _outputs(student, teacher, cu_seqlens.shape[0] - 1)
 
 

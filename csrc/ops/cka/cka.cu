@@ -24,6 +24,7 @@ constexpr int kMostBlocks = 528;    // of gram_kernel: four after another on an 
 constexpr int kMostWeights = 1024;  // tiles of W in memory, 36 KiB each
 #endif
 constexpr int kMostRound = 256;
+constexpr int kManyRounds = 16;
 
 // A block an image: the sums of its pairs or of its products, in a fixed order, and CKA.
 __global__ void __launch_bounds__(kThreads)
@@ -147,7 +148,7 @@ struct GramPlan {
   int pairs;
   Sharing sharing;
 
-  int parts() const { return pairs > 0 ? 3 * sharing.round : 0; }
+  int parts() const { return pairs > 0 && sharing.most > 0 ? 3 * sharing.round : 0; }
 };
 
 GramPlan gram_plan(const GramArguments& x, int device) {
@@ -160,13 +161,16 @@ GramPlan gram_plan(const GramArguments& x, int device) {
   const int round = multiprocessors(device);
   plan.sharing.round = round < 2 ? 2 : (round < kMostRound ? round : kMostRound);
   plan.sharing.whole = most_shared_bytes(device) >= kGramBytes;
+  // Among so many the remainder is little, and where memory is most wanted this saves some.
+  const bool many = plan.sharing.whole && plan.pairs > kManyRounds * plan.sharing.round;
+  plan.sharing.most = many ? 0 : plan.sharing.round / 2;
   return plan;
 }
 
 template <bool kBackward>
 void launch_parts(const GramArguments& x, const GramPlan& plan, const Sharing& sharing,
                   int device) {
-  const int half = sharing.round / 2, pairs = plan.pairs < half ? plan.pairs : half;
+  const int pairs = plan.pairs < sharing.most ? plan.pairs : sharing.most;
   launch(part_kernel<kBackward>, following(dim3(plan.parts()), kGroup, kTileBytes), device, x,
          sharing);
   launch(part_sum_kernel<kBackward>, following(dim3(pairs, kSlices), kThreads), device, x, sharing);
@@ -178,16 +182,16 @@ void launch_gram(const GramArguments& x, const GramPlan& plan, const Tensor& par
   Sharing sharing = plan.sharing;
   sharing.parts = data<float>(parts);
   if (!sharing.whole) {
-    for (; sharing.first < plan.pairs; sharing.first += sharing.round / 2)
+    for (; sharing.first < plan.pairs; sharing.first += sharing.most)
       launch_parts<kBackward>(x, plan, sharing, device);
     return;
   }
-  if (plan.pairs > sharing.round / 2) {  // else few enough to be shared, all of them
+  if (plan.pairs > sharing.most) {  // else few enough to be shared, all of them
     const int blocks = plan.pairs < kMostBlocks ? plan.pairs : kMostBlocks;
     launch(gram_kernel<kBackward>, following(dim3(blocks), kThreads, kGramBytes), device, x,
            sharing);
   }
-  launch_parts<kBackward>(x, plan, sharing, device);
+  if (sharing.most > 0) launch_parts<kBackward>(x, plan, sharing, device);
 }
 
 void launch_values(GramArguments gram, const Values& values, const Tensor& like) {
@@ -208,9 +212,10 @@ void launch_values(GramArguments gram, const Values& values, const Tensor& like)
          values);
 }
 
-// Gradients of images in Gram form, and of rows in no image: window after window of W.
+// Gradients of images in Gram form, and of rows in no image: window after window of W. Those after
+// the first are mostly for nobody: their pairs are not shared, for two launches less.
 template <typename T>
-void launch_direction(DirectionArguments<T> x, const GramPlan& plan, const Tensor& weights,
+void launch_direction(DirectionArguments<T> x, GramPlan plan, const Tensor& weights,
                       const Tensor& parts, int device) {
   const int most = plan.tiles * plan.most_tiles;
   const auto columns = static_cast<unsigned>(ceil_div(x.gram.student_width, kTile));
@@ -220,6 +225,7 @@ void launch_direction(DirectionArguments<T> x, const GramPlan& plan, const Tenso
   w.at = data<unsigned char>(weights);
   w.capacity = most < 1 ? 1 : (most < kMostWeights ? most : kMostWeights);
   for (; w.window == 0 || w.window * w.capacity < most; ++w.window) {
+    if (w.window > 0 && plan.sharing.whole) plan.sharing.most = 0;
     launch_gram<true>(x.gram, plan, parts, device);
     const int outside = w.window == 0 ? ceil_div(images.rows, kTile) : 0;
     launch(direction_kernel<T>, following(dim3(tile_rows + outside, columns), kGroup, kTileBytes),

@@ -277,7 +277,8 @@ __device__ __forceinline__ void finish_pair(const GramArguments& x, const Pair& 
 // makes all pairs, those from `first` on in this launch.
 struct Sharing {
   float* parts;  // [3 round] tiles, in the order of Accumulators
-  int round;     // of blocks that the GPU has a multiprocessor for
+  int round;     // blocks that the GPU has multiprocessors for
+  int most;      // pairs that are shared at a time: half a round, or none
   bool whole;
   int first;
 };
@@ -294,7 +295,7 @@ struct Shared {
 };
 
 __device__ __forceinline__ Shared shared_pairs(const GramArguments& x, const Sharing& sharing) {
-  const int total = before(x, x.images.count).pairs, most = sharing.round / 2;
+  const int total = before(x, x.images.count).pairs, most = sharing.most;
   Shared shared = {};
   if (sharing.whole) {
     const int rest = total % sharing.round;
