@@ -1,14 +1,15 @@
 // cka on CUDA: launches and registration. The kernels are in
 //
-//   rows.h     norms, means and the centered rows that everything else multiplies
-//   gram.h     tensor cores: images with fewer rows than both widths together
-//   feature.h  tensor cores: the others
-//   float32.h  CUDA cores, for float32 inputs
+//   rows.h               norms, means and the centered rows that everything else multiplies
+//   gram.h, direction.h  tensor cores: images with fewer rows than both widths together
+//   feature.h            tensor cores: the others
+//   float32.h            CUDA cores, for float32 inputs
 //
 // Nothing is added atomically, and the host knows no image's length: grids are for the worst case,
 // and blocks that no image needs end at once.
 #include "common/launch.h"
 #include "ops/cka/cka.h"
+#include "ops/cka/direction.h"
 #include "ops/cka/feature.h"
 #include "ops/cka/float32.h"
 #include "ops/cka/gram.h"
