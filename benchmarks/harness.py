@@ -211,6 +211,7 @@ def _timer(side: Side, sets: int, device: torch.device) -> tuple[Callable[[], fl
         return graph_timer(side, sets), "graph replay"
     except RuntimeError:
         torch.cuda.synchronize()
+        _leave_capture(device)
         return _eager_timer(side, sets), "eager calls"
 
 
@@ -263,6 +264,13 @@ def _captured(side: Side, sets: int) -> torch.cuda.CUDAGraph:
             graph.capture_end()
     torch.cuda.synchronize()
     return graph
+
+
+def _leave_capture(device: torch.device) -> None:
+    """A failed capture leaves the random numbers' generator as if it went on."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    generator = torch.cuda.default_generators[index]
+    generator.graphsafe_set_state(generator.clone_state())
 
 
 @functools.cache

@@ -6,8 +6,9 @@
 //   b[0], b[1]  rows 2 tig, 2 tig + 1 (b[1]: + 8), column gid
 //   d[0], d[1]  row gid, columns 2 tig, 2 tig + 1                (d[2], d[3]: row gid + 8)
 //
-// load_matrices: four 8 x 8 matrices from shared memory, each as one register of operand b: this
-// lane's `from` is where row lane % 8 of matrix lane / 8 begins, 16 bytes.
+// load_fragments fetches four 8 x 8 matrices of 16-bit elements from shared memory, of which lane l
+// points at row l % 8 of matrix l / 8, 16 bytes: v[i] is row gid, columns 2 tig, 2 tig + 1 of
+// matrix i, or with kTurned column gid, rows 2 tig, 2 tig + 1.
 #pragma once
 
 #include <type_traits>
@@ -43,24 +44,37 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2])
   }
 }
 
-inline void load_matrices(const unsigned char* from, uint32_t (&v)[4]) {
-  const unsigned char* rows[kWarpSize];
-  emulation::warp_gather(kFullWarp, &from, rows, sizeof from);
-  const int lane = emulation::lane();
-  for (int i = 0; i < 4; ++i)
-    std::memcpy(&v[i], rows[8 * i + lane / 4] + lane % 4 * 4, sizeof v[i]);
+template <bool kTurned>
+void load_fragments(uint32_t (&v)[4], const void* row) {
+  uint16_t mine[8], all[kWarpSize][8];
+  std::memcpy(mine, row, sizeof mine);
+  emulation::warp_gather(kFullWarp, mine, all, sizeof mine);
+  const int gid = emulation::lane() / 4, tig = emulation::lane() % 4;
+  for (int i = 0; i < 4; ++i) {
+    const auto at = [&](int k) { return kTurned ? all[i * 8 + k][gid] : all[i * 8 + gid][k]; };
+    v[i] = at(2 * tig) | uint32_t{at(2 * tig + 1)} << 16;
+  }
 }
 
 #else
 
-__device__ __forceinline__ void load_matrices(uint32_t from, uint32_t (&v)[4]) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
-               : "r"(from)
-               : "memory");
+template <bool kTurned>
+__device__ __forceinline__ void load_fragments(uint32_t (&v)[4], uint32_t row) {
+  if constexpr (kTurned) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+                 : "r"(row)
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+                 : "r"(row)
+                 : "memory");
+  }
 }
-__device__ __forceinline__ void load_matrices(const unsigned char* from, uint32_t (&v)[4]) {
-  load_matrices(shared_address(from), v);
+template <bool kTurned>
+__device__ __forceinline__ void load_fragments(uint32_t (&v)[4], const void* row) {
+  load_fragments<kTurned>(v, shared_address(row));
 }
 
 template <typename T>

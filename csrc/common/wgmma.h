@@ -118,14 +118,6 @@ __device__ __forceinline__ void store_turned(uint32_t to, const uint32_t (&v)[4]
                : "memory");
 }
 
-// The way back.
-__device__ __forceinline__ void load_turned(uint32_t from, uint32_t (&v)[4]) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
-               : "r"(from)
-               : "memory");
-}
-
 // d += a b.
 template <typename T, int kN>
 __device__ __forceinline__ void wgmma(float (&d)[kN / 2], const uint32_t* a, uint32_t b) {

@@ -6,7 +6,10 @@ column. HSIC of centered linear Grams is a squared Frobenius norm of products of
     a = ‖S̃ᵀT̃‖² = ⟨S̃S̃ᵀ, T̃T̃ᵀ⟩    b = ‖S̃ᵀS̃‖² = ‖S̃S̃ᵀ‖²    c = ‖T̃ᵀT̃‖² = ‖T̃T̃ᵀ‖²
     CKA = a / √(b·c)              ∂CKA/∂S̃ = 2/√(b·c) · (T̃T̃ᵀ − (a/b)·S̃S̃ᵀ)·S̃
 
-That gradient passes the centering unchanged (its columns sum to 0) and then the normalization:
+Forward keeps the centered rows for backward, in float16 for 16-bit inputs: the rounding comes after
+the centering, so it is relative to what is left of a row, however large the rows' common mean.
+
+The gradient passes the centering unchanged (its columns sum to 0), then the normalization:
 ∂x = (ĝ − x̂·⟨x̂, ĝ⟩)/‖x‖. A row of zeros stays zero and gets no gradient.
 
 An image counts if it has at least ``min_tokens`` rows and both Grams' norms, √b and √c, exceed
@@ -23,6 +26,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from grace import _library
@@ -38,9 +42,16 @@ from grace.ops._checks import (
 
 _DEGENERATE = 1e-10  # of a Gram's norm, a row
 
-_INPUTS = "Tensor student, Tensor teacher, Tensor cu_seqlens"
-_library.define("cka", f"({_INPUTS}, int min_tokens) -> (Tensor value, Tensor saved)")
-_library.define("cka_backward", f"(Tensor grad, {_INPUTS}, Tensor saved) -> Tensor")
+_OUTPUTS = "Tensor saved, Tensor stats, Tensor student_rows, Tensor teacher_rows"
+_library.define(
+    "cka",
+    "(Tensor student, Tensor teacher, Tensor cu_seqlens, int min_tokens)"
+    f" -> (Tensor value, {_OUTPUTS})",
+)
+_library.define(
+    "cka_backward",
+    f"(Tensor grad, Tensor student, Tensor cu_seqlens, {_OUTPUTS}, int teacher_width) -> Tensor",
+)
 
 # Columns of `saved`, one row an image: the three HSIC values, and 1 where the image counts.
 HSIC_BOTH = 0
@@ -48,6 +59,10 @@ HSIC_STUDENT = 1
 HSIC_TEACHER = 2
 COUNTED = 3
 SAVED_COLUMNS = 4
+
+# Rows of `stats`, a column a token: 1/norm of the student's row, and ⟨mean, centered row⟩ of it.
+INVERSE_NORM = 0
+ALONG_MEAN = 1
 
 
 def cka(student: Tensor, teacher: Tensor, cu_seqlens: Tensor, *, min_tokens: int = 4) -> Tensor:
@@ -67,13 +82,21 @@ def cka(student: Tensor, teacher: Tensor, cu_seqlens: Tensor, *, min_tokens: int
     Raises:
         ValueError: for any other shape, dtype, device or setting.
     """
-    return cka_and_counted(student, teacher, cu_seqlens, min_tokens=min_tokens)[0]
+    return _run(student, teacher, cu_seqlens, min_tokens)[0]
 
 
 def cka_and_counted(
     student: Tensor, teacher: Tensor, cu_seqlens: Tensor, *, min_tokens: int = 4
 ) -> tuple[Tensor, Tensor]:
     """``cka`` and, beside it, which images count, [B] bool. Arguments and errors as there."""
+    value, saved = _run(student, teacher, cu_seqlens, min_tokens)
+    return value, saved.detach()[:, COUNTED] > 0
+
+
+def _run(
+    student: Tensor, teacher: Tensor, cu_seqlens: Tensor, min_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """Checks; value and ``saved``."""
     op = "cka"
     for name, hidden in (("student", student), ("teacher", teacher)):
         require_dims(op, name, hidden, 2)
@@ -87,10 +110,10 @@ def cka_and_counted(
     require_same_device(op, "student", student, "teacher", teacher)
     require_same_device(op, "student", student, "cu_seqlens", cu_seqlens)
     require(min_tokens >= 1, op, "min_tokens", "be at least 1", min_tokens)
-    value, saved = torch.ops.grace.cka(
+    value, saved, *_ = torch.ops.grace.cka(
         student.contiguous(), teacher.detach().contiguous(), cu_seqlens.contiguous(), min_tokens
     )
-    return value, saved.detach()[:, COUNTED] > 0
+    return value, saved
 
 
 def _images(cu_seqlens: Tensor, rows: int) -> Iterator[tuple[int, slice]]:
@@ -102,17 +125,38 @@ def _images(cu_seqlens: Tensor, rows: int) -> Iterator[tuple[int, slice]]:
         yield image, slice(start, end)
 
 
-def _unit_rows(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Rows of length 1 (or 0) in ``dtype``, and the inverse of each norm (0 for a row of zeros)."""
-    rows = rows.to(dtype)
-    norm = rows.norm(dim=1, keepdim=True)
+def kept_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the centered rows that forward keeps: float16 for 16-bit inputs."""
+    return torch.float16 if dtype.itemsize == 2 else dtype
+
+
+def row_scale(width: int) -> float:
+    """What kept rows are multiplied by, 2^⌊log2 √width⌋: their elements are near 1."""
+    return 2.0 ** ((width.bit_length() - 1) // 2)
+
+
+def _pitch(width: int) -> int:
+    """Columns of kept rows: zeros up to a multiple of 8."""
+    return (width + 7) // 8 * 8
+
+
+def _keep(rows: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One image's rows of length 1, centered, scaled and rounded as they are kept; the inverse of
+    each row's norm (0 for a row of zeros); and ⟨mean, centered row⟩."""
+    rows = rows.to(accumulate_dtype(rows.dtype))
+    norm = rows.norm(dim=1)
     inverse = torch.where(norm > 0, 1 / norm, 0.0)
-    return rows * inverse, inverse
+    unit = rows * inverse[:, None]
+    mean = unit.mean(0)
+    centered = unit - mean
+    scaled = (centered * row_scale(rows.shape[1])).to(like.dtype)
+    kept = F.pad(scaled, (0, like.shape[1] - rows.shape[1]))
+    return kept, inverse, centered @ mean
 
 
-def _centered(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    unit, _ = _unit_rows(rows, dtype)
-    return unit - unit.mean(0)
+def _centered(kept: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """The centered rows of length 1, as they were kept."""
+    return kept[:, :width].to(dtype) / row_scale(width)
 
 
 def _hsic(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -133,69 +177,112 @@ def _direction(s: Tensor, t: Tensor, ratio: Tensor) -> Tensor:
     return t @ (t.t() @ s) - ratio * (s @ (s.t() @ s))
 
 
+def _outputs(student: Tensor, teacher: Tensor, images: int) -> tuple[Tensor, ...]:
+    """Empty tensors for what ``cka`` returns."""
+    dtype, tokens = accumulate_dtype(student.dtype), student.shape[0]
+    value = student.new_empty(images, dtype=dtype)
+    kept = (
+        x.new_empty((tokens, _pitch(x.shape[1])), dtype=kept_dtype(x.dtype))
+        for x in (student, teacher)
+    )
+    stats = student.new_empty((2, tokens), dtype=dtype)
+    return value, value.new_empty((images, SAVED_COLUMNS)), stats, *kept
+
+
 @_library.reference("cka")
 def reference(
     student: Tensor, teacher: Tensor, cu_seqlens: Tensor, min_tokens: int
-) -> tuple[Tensor, Tensor]:
-    """CKA and ``saved`` in plain PyTorch, an image at a time, in float32 (or float64)."""
-    dtype = accumulate_dtype(student.dtype)
-    images = cu_seqlens.shape[0] - 1
-    value = torch.ones(images, dtype=dtype, device=student.device)
-    saved = value.new_zeros(images, SAVED_COLUMNS)
+) -> tuple[Tensor, ...]:
+    """CKA in plain PyTorch, an image at a time, in float32 (or float64) of the rows as kept.
+
+    Returns:
+        value [B]; saved [B, 4]; stats [2, T]; the centered rows of student and teacher, times
+        ``row_scale``, in float16 for 16-bit inputs. Rows in no image are 0 here and undefined
+        where kernels run.
+    """
+    outputs = _outputs(student, teacher, cu_seqlens.shape[0] - 1)
+    value, saved, stats, *kept = outputs
+    for output in outputs:
+        output.zero_()
+    value.fill_(1)
     with torch.autocast(student.device.type, enabled=False):
         for image, rows in _images(cu_seqlens, student.shape[0]):
             n = rows.stop - rows.start
+            if n == 0:
+                continue
+            kept[0][rows], *own = _keep(student[rows], kept[0])
+            kept[1][rows] = _keep(teacher[rows], kept[1])[0]
+            stats[:, rows] = torch.stack(own)
             if n < min_tokens:
                 continue
-            a, b, c = _hsic(_centered(student[rows], dtype), _centered(teacher[rows], dtype))
+            a, b, c = _hsic(
+                _centered(kept[0][rows], student.shape[1], value.dtype),
+                _centered(kept[1][rows], teacher.shape[1], value.dtype),
+            )
             # NaN counts, so that it is seen.
             degenerate = (b.sqrt() <= _DEGENERATE * n) | (c.sqrt() <= _DEGENERATE * n)
             value[image] = torch.where(degenerate, 1.0, a / (b.sqrt() * c.sqrt()))
-            saved[image] = torch.stack((a, b, c, (~degenerate).to(dtype)))
-    return value, saved
+            saved[image] = torch.stack((a, b, c, (~degenerate).to(value.dtype)))
+    return outputs
 
 
 @_library.reference("cka_backward")
 def reference_backward(
-    grad: Tensor, student: Tensor, teacher: Tensor, cu_seqlens: Tensor, saved: Tensor
+    grad: Tensor,
+    student: Tensor,
+    cu_seqlens: Tensor,
+    saved: Tensor,
+    stats: Tensor,
+    student_rows: Tensor,
+    teacher_rows: Tensor,
+    teacher_width: int,
 ) -> Tensor:
-    """Gradient of Σ grad·CKA in the student's rows."""
+    """Gradient of Σ grad·CKA in the student's rows, from what ``reference`` returns."""
     out = torch.zeros_like(student)
     with torch.autocast(student.device.type, enabled=False):
         for image, rows in _images(cu_seqlens, student.shape[0]):
             a, b, c, counted = saved[image]
             if not counted:
                 continue
-            unit, inverse = _unit_rows(student[rows], saved.dtype)
-            t = _centered(teacher[rows], saved.dtype)
-            direction = _direction(unit - unit.mean(0), t, a / b)
-            direction = direction * (2 * grad[image] / (b.sqrt() * c.sqrt()))
+            inverse = stats[INVERSE_NORM, rows, None]
+            unit = student[rows].to(saved.dtype) * inverse
+            s = _centered(student_rows[rows], student.shape[1], saved.dtype)
+            t = _centered(teacher_rows[rows], teacher_width, saved.dtype)
+            direction = _direction(s, t, a / b) * (2 * grad[image] / (b.sqrt() * c.sqrt()))
             along = (unit * direction).sum(1, keepdim=True)
             out[rows] = ((direction - unit * along) * inverse).to(out.dtype)
     return out
 
 
 @_library.fake("cka")
-def _(
-    student: Tensor, teacher: Tensor, cu_seqlens: Tensor, min_tokens: int
-) -> tuple[Tensor, Tensor]:
-    images = cu_seqlens.shape[0] - 1
-    value = student.new_empty(images, dtype=accumulate_dtype(student.dtype))
-    return value, value.new_empty((images, SAVED_COLUMNS))
+def _(student: Tensor, teacher: Tensor, cu_seqlens: Tensor, min_tokens: int) -> tuple[Tensor, ...]:
+    return _outputs(student, teacher, cu_seqlens.shape[0] - 1)
 
 
 @_library.fake("cka_backward")
-def _(grad: Tensor, student: Tensor, teacher: Tensor, cu_seqlens: Tensor, saved: Tensor) -> Tensor:
+def _(
+    grad: Tensor,
+    student: Tensor,
+    cu_seqlens: Tensor,
+    saved: Tensor,
+    stats: Tensor,
+    student_rows: Tensor,
+    teacher_rows: Tensor,
+    teacher_width: int,
+) -> Tensor:
     return torch.empty_like(student)
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     student, teacher, cu_seqlens, _ = inputs
-    ctx.save_for_backward(student, teacher, cu_seqlens, output[1])
+    ctx.save_for_backward(student, cu_seqlens, *output[1:])
+    ctx.teacher_width = teacher.shape[1]
 
 
-def _backward(ctx: Any, grad: Tensor, _saved: Tensor) -> tuple[Tensor | None, ...]:
-    grad_student = torch.ops.grace.cka_backward(grad.contiguous(), *ctx.saved_tensors)
+def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    grad_student = torch.ops.grace.cka_backward(
+        grad.contiguous(), *ctx.saved_tensors, ctx.teacher_width
+    )
     return grad_student, None, None, None
 
 

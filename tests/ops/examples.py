@@ -82,9 +82,9 @@ def cka(dtype: torch.dtype) -> Arguments:
 
 
 def cka_backward(dtype: torch.dtype) -> Arguments:
-    arguments = cka(dtype)
-    saved = torch.ops.grace.cka(*arguments)[-1]
-    return torch.randn(3).to(saved.dtype), *arguments[:3], saved
+    student, teacher, cu_seqlens, min_tokens = cka(dtype)
+    _, saved, *kept = torch.ops.grace.cka(student, teacher, cu_seqlens, min_tokens)
+    return torch.randn(3).to(saved.dtype), student, cu_seqlens, saved, *kept, teacher.shape[1]
 
 
 def dequant_gemm(dtype: torch.dtype) -> Arguments:

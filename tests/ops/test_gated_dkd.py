@@ -263,9 +263,11 @@ def test_extremes(kernels: Kernels, classes, student_kind, teacher_kind, dtype):
     arguments = (student, teacher, labels, *SETTINGS)
     exact, working = reference(*to_double(*arguments)), reference(*arguments)
     actual = kernels.gated_dkd(*kernels.put(*arguments))
+    # A GPU's exponentials and logarithms are good to 2 units; the loss has T²(α + β) = 20 of each.
+    ulps = 20 if kernels.device == "cuda" else 1
     for name, *values in zip(OUTPUTS, actual, exact, working, strict=True):
         assert values[0].isfinite().all(), name
-        assert_accurate(*values, name=name)
+        assert_accurate(*values, name=name, ulps=ulps)
     weights = (torch.ones(8), torch.ones(8))
     grad = kernels.gated_dkd_backward(*kernels.put(*weights, *arguments[:3], actual[3], *SETTINGS))
     exact_grad = reference_backward(*to_double(*weights, *arguments[:3]), exact[3], *SETTINGS)

@@ -1,293 +1,55 @@
-// cka on CUDA. Forward: norms of rows, means of columns, then one pass over the tiles of all
-// images' Grams, of which only three sums a block leave the chip. Backward: the Gram's part of the
-// gradient is made kStrip columns at a time and multiplied into rows that one block owns. Nothing
-// grows with the square of an image, nothing is added atomically, and the host knows no image's
-// length.
+// cka on CUDA: launches and registration. The kernels are in
+//
+//   rows.h               norms, means and the centered rows that everything else multiplies
+//   gram.h, direction.h  tensor cores: images with fewer rows than both widths together
+//   feature.h            tensor cores: the others
+//   float32.h            CUDA cores, for float32 inputs
+//
+// Nothing is added atomically, and the host knows no image's length: grids are for the worst case,
+// and blocks that no image needs end at once.
 #include "common/launch.h"
-#include "common/warp.h"
 #include "ops/cka/cka.h"
+#include "ops/cka/direction.h"
+#include "ops/cka/feature.h"
+#include "ops/cka/float32.h"
+#include "ops/cka/gram.h"
+#include "ops/cka/rows.h"
 
 namespace grace::cka {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kSide = 16;             // threads along each side of a tile
-constexpr int kEach = kTile / kSide;  // values along each side that a thread keeps
-constexpr int kDepth = 32;            // of a product, in shared memory at a time
-constexpr int kTileColumns = 32;      // blocks that share one row of tiles
-constexpr int kStrip = 512;           // columns of the Grams' difference in memory at a time
-constexpr int kStripTiles = kStrip / kTile;
+#if defined(GRACE_EMULATE)  // small, so that tests reach what is beyond
+constexpr int kMostBlocks = 3, kMostWeights = 6;
+#else
+constexpr int kMostBlocks = 528;    // of gram_kernel: four after another on an H200
+constexpr int kMostWeights = 1024;  // tiles of W in memory, 36 KiB each
+#endif
+constexpr int kMostRound = 256;
+constexpr int kManyRounds = 16;
 
-static_assert(kSide * kSide == kThreads);
-
-// Rows of one model, L2-normalized and centered when they are read.
-template <typename T>
-struct Centered {
-  const T* rows;         // [rows, width]
-  const float* inverse;  // [rows], 1 / norm
-  const float* means;    // [images, width], of the normalized rows
-  int width;
-
-  __device__ __forceinline__ float unit(int row, int column) const {
-    return to_float(rows[int64_t{row} * width + column]) * inverse[row];
-  }
-
-  // 0 at and beyond the image's end and the row's.
-  __device__ __forceinline__ float at(int image, int row, int end, int column) const {
-    if (row >= end || column >= width) return 0.0f;
-    return unit(row, column) - means[int64_t{image} * width + column];
-  }
-};
-
-// A tile's values in registers: thread (x, y) has rows y + kSide i and columns x + kSide j.
-using Tile = float[kEach][kEach];
-
-__device__ __forceinline__ int tile_x() { return threadIdx.x % kSide; }
-__device__ __forceinline__ int tile_y() { return threadIdx.x / kSide; }
-
-// Two operands of a product in shared memory, one column more than used against bank conflicts.
-struct Operands {
-  float a[kTile][kDepth + 1];
-  float b[kTile][kDepth + 1];
-
-  // tile += a bᵀ
-  __device__ __forceinline__ void multiply_into(Tile& tile) const {
-#pragma unroll 4
-    for (int k = 0; k < kDepth; ++k) {
-      float left[kEach], right[kEach];
-#pragma unroll
-      for (int i = 0; i < kEach; ++i) {
-        left[i] = a[tile_y() + kSide * i][k];
-        right[i] = b[tile_x() + kSide * i][k];
-      }
-#pragma unroll
-      for (int i = 0; i < kEach; ++i)
-#pragma unroll
-        for (int j = 0; j < kEach; ++j) tile[i][j] += left[i] * right[j];
-    }
-  }
-};
-
-// tile = the Gram of rows from `first` and rows from `second`, both of one image that ends at
-// `end`.
-template <typename T>
-__device__ void gram_tile(const Centered<T>& x, int image, int first, int second, int end,
-                          Operands& shared, Tile& tile) {
-#pragma unroll
-  for (int i = 0; i < kEach; ++i)
-#pragma unroll
-    for (int j = 0; j < kEach; ++j) tile[i][j] = 0.0f;
-  const int lane = threadIdx.x % kDepth;
-  for (int depth = 0; depth < x.width; depth += kDepth) {
-    for (int row = threadIdx.x / kDepth; row < kTile; row += kThreads / kDepth) {
-      shared.a[row][lane] = x.at(image, first + row, end, depth + lane);
-      shared.b[row][lane] = x.at(image, second + row, end, depth + lane);
-    }
-    __syncthreads();
-    shared.multiply_into(tile);
-    __syncthreads();
-  }
-}
-
-// 1. Norms: a warp a row.
-template <typename T>
-__global__ void __launch_bounds__(kThreads) inverse_norm_kernel(const T* x,      // [rows, width]
-                                                                float* inverse,  // [rows]
-                                                                int rows, int width) {
-  const int row = static_cast<int>(blockIdx.x) * kWarps + threadIdx.x / kWarpSize;
-  if (row >= rows) return;
-  float sum = 0.0f;
-  for (int column = threadIdx.x % kWarpSize; column < width; column += kWarpSize) {
-    const float value = to_float(x[int64_t{row} * width + column]);
-    sum += value * value;
-  }
-  sum = warp_sum(sum);
-  if (threadIdx.x % kWarpSize == 0) inverse[row] = inverse_norm(sum);
-}
-
-// 2. Means: a block an image and a warp's width of columns; its warps share the rows.
-template <typename T>
-__global__ void __launch_bounds__(kThreads) column_mean_kernel(Centered<T> x,
-                                                               float* means,  // [images, width]
-                                                               Images images) {
-  __shared__ float sums[kWarps][kWarpSize];
-  const int image = blockIdx.x;
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const int column = static_cast<int>(blockIdx.y) * kWarpSize + lane;
-  const int n = images.length(image), begin = images.bound(image);
-  float sum = 0.0f;
-  if (column < x.width)
-    for (int row = warp; row < n; row += kWarps) sum += x.unit(begin + row, column);
-  sums[warp][lane] = sum;
-  __syncthreads();
-  if (warp != 0 || column >= x.width) return;
-  float total = 0.0f;
-  for (int i = 0; i < kWarps; ++i) total += sums[i][lane];
-  means[int64_t{image} * x.width + column] = n > 0 ? total / static_cast<float>(n) : 0.0f;
-}
-
-// 3. Products of Grams: a block has one row of tiles and every kTileColumns-th tile of it, on and
-// above the diagonal; what is above counts twice.
-template <typename T>
+// A block an image: the sums of its pairs or of its products, in a fixed order, and CKA.
 __global__ void __launch_bounds__(kThreads)
-    hsic_kernel(Centered<T> student, Centered<T> teacher,
-                float* sums,  // [tile rows, kTileColumns, 3]
-                Images images) {
-  __shared__ Operands shared;
+    value_kernel(GramArguments gram, FeatureArguments feature, Values values) {
   __shared__ float scratch[kWarps];
-  float* const out = sums + (int64_t{blockIdx.x} * kTileColumns + blockIdx.y) * 3;
-  const TileRow row = tile_row_of(blockIdx.x, images);
-  const int tiles = row.image < 0 ? 0 : images.tiles(row.image);
-  int column = row.index + static_cast<int>(blockIdx.y);
-  if (column >= tiles) {
-    if (threadIdx.x < 3) out[threadIdx.x] = 0.0f;
-    return;
+  wait_for_previous_kernel();
+  const int image = blockIdx.x, tiles = gram.tiles(image);
+  float own[3] = {};
+  if (feature.is_feature(image)) {
+    const float* from = feature.sums + int64_t{feature.slot_of(image)} * feature.tiles();
+    const int ends[] = {feature.cross_tiles(),
+                        feature.cross_tiles() + pairs_of(feature.student_tiles()), feature.tiles()};
+    for (int which = 0; which < 3; ++which)
+      for (int i = (which == 0 ? 0 : ends[which - 1]) + static_cast<int>(threadIdx.x);
+           i < ends[which]; i += kThreads)
+        own[which] += from[i];
+  } else {
+    const float* from = gram.sums + int64_t{before(gram, image).pairs} * kSlices * 3;
+    for (int i = threadIdx.x; i < pairs_of(tiles) * kSlices; i += kThreads)
+      for (int which = 0; which < 3; ++which) own[which] += from[i * 3 + which];
   }
-
-  const int begin = images.bound(row.image), end = begin + images.length(row.image);
-  const int first = begin + row.index * kTile;
-  float both = 0.0f, own = 0.0f, other = 0.0f;
-  for (; column < tiles; column += kTileColumns) {
-    const float weight = column == row.index ? 1.0f : 2.0f;
-    const int second = begin + column * kTile;
-    Tile k, l;
-    gram_tile(student, row.image, first, second, end, shared, k);
-    gram_tile(teacher, row.image, first, second, end, shared, l);
-#pragma unroll
-    for (int i = 0; i < kEach; ++i)
-#pragma unroll
-      for (int j = 0; j < kEach; ++j) {
-        both += weight * k[i][j] * l[i][j];
-        own += weight * k[i][j] * k[i][j];
-        other += weight * l[i][j] * l[i][j];
-      }
-  }
-  const float totals[] = {block_sum<kThreads>(both, scratch), block_sum<kThreads>(own, scratch),
-                          block_sum<kThreads>(other, scratch)};
-  if (threadIdx.x == 0)
-    for (int i = 0; i < 3; ++i) out[i] = totals[i];
-}
-
-// 4. A block an image: its blocks' sums, in a fixed order, and CKA.
-__global__ void __launch_bounds__(kThreads) value_kernel(const float* sums,
-                                                         float* value,  // [images]
-                                                         float* saved,  // [images, kSavedColumns]
-                                                         Images images, int min_tokens) {
-  __shared__ float scratch[kWarps];
-  const int image = blockIdx.x;
-  const int64_t first = int64_t{images.first_tile(image)} * kTileColumns;
-  const int count = images.tiles(image) * kTileColumns;
-  float hsic[3];
-  for (int which = 0; which < 3; ++which) {
-    float sum = 0.0f;
-    for (int i = threadIdx.x; i < count; i += kThreads) sum += sums[(first + i) * 3 + which];
-    hsic[which] = block_sum<kThreads>(sum, scratch);
-  }
-  if (threadIdx.x != 0) return;
-  const int n = images.length(image);
-  const bool counted = counts(hsic[kHsicStudent], hsic[kHsicTeacher], n, min_tokens);
-  value[image] =
-      counted ? alignment(hsic[kHsicBoth], hsic[kHsicStudent], hsic[kHsicTeacher]) : 1.0f;
-  for (int i = 0; i < 3; ++i) saved[image * kSavedColumns + i] = n >= min_tokens ? hsic[i] : 0.0f;
-  saved[image * kSavedColumns + kCounted] = counted ? 1.0f : 0.0f;
-}
-
-// 5. One strip of the Grams' weighted difference: a block a tile. Row r of `difference` belongs to
-// row r of the student, its columns to the strip's rows of the same image; 0 beyond the image.
-template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    difference_kernel(Centered<T> student, Centered<T> teacher,
-                      const float* grad,   // [images]
-                      const float* saved,  // [images, kSavedColumns]
-                      float* difference,   // [rows, kStrip]
-                      int strip, Images images) {
-  __shared__ Operands shared;
-  const TileRow row = tile_row_of(blockIdx.x, images);
-  if (row.image < 0) return;
-  const float* kept = saved + row.image * kSavedColumns;
-  const int begin = images.bound(row.image), end = begin + images.length(row.image);
-  const int first = begin + row.index * kTile;
-  const int second = begin + strip * kStrip + static_cast<int>(blockIdx.y) * kTile;
-  if (kept[kCounted] == 0.0f || second >= end) return;
-  const Factors factors = gradient_factors(kept, grad[row.image]);
-  Tile k, l;
-  gram_tile(student, row.image, first, second, end, shared, k);
-  gram_tile(teacher, row.image, first, second, end, shared, l);
-  for (int i = 0; i < kEach; ++i) {
-    const int at = first + tile_y() + kSide * i;
-    if (at >= end) return;
-    for (int j = 0; j < kEach; ++j)
-      difference[int64_t{at} * kStrip + blockIdx.y * kTile + tile_x() + kSide * j] =
-          factors.teacher * l[i][j] + factors.student * k[i][j];
-  }
-}
-
-// 6. direction (+)= strip of the difference · the strip's centered rows: a block owns a tile of it.
-template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    direction_kernel(Centered<T> student,
-                     const float* saved,       // [images, kSavedColumns]
-                     const float* difference,  // [rows, kStrip]
-                     float* direction,         // [rows, width]
-                     int strip, Images images) {
-  __shared__ Operands shared;
-  const TileRow row = tile_row_of(blockIdx.x, images);
-  if (row.image < 0 || saved[row.image * kSavedColumns + kCounted] == 0.0f) return;
-  const int begin = images.bound(row.image), end = begin + images.length(row.image);
-  const int first = begin + row.index * kTile;
-  const int second = begin + strip * kStrip;
-  if (second >= end) return;
-  const int first_column = static_cast<int>(blockIdx.y) * kTile;
-  const int depths = end - second < kStrip ? end - second : kStrip;
-
-  Tile tile = {};
-  for (int depth = 0; depth < depths; depth += kDepth) {
-    for (int i = threadIdx.x; i < kTile * kDepth; i += kThreads) {
-      const int at = i / kDepth, k = i % kDepth;
-      const bool inside = first + at < end && depth + k < depths;
-      shared.a[at][k] = inside ? difference[int64_t{first + at} * kStrip + depth + k] : 0.0f;
-    }
-    for (int i = threadIdx.x; i < kTile * kDepth; i += kThreads) {
-      const int at = i % kTile, k = i / kTile;
-      shared.b[at][k] = student.at(row.image, second + depth + k, end, first_column + at);
-    }
-    __syncthreads();
-    shared.multiply_into(tile);
-    __syncthreads();
-  }
-  for (int i = 0; i < kEach; ++i)
-    for (int j = 0; j < kEach; ++j) {
-      const int at = first + tile_y() + kSide * i, column = first_column + tile_x() + kSide * j;
-      if (at >= end || column >= student.width) continue;
-      float* const to = direction + int64_t{at} * student.width + column;
-      *to = strip == 0 ? tile[i][j] : *to + tile[i][j];
-    }
-}
-
-// 7. Through the normalization: a warp a row. Rows in no image that counts get 0.
-template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    normalization_backward_kernel(Centered<T> student,
-                                  const float* saved,      // [images, kSavedColumns]
-                                  const float* direction,  // [rows, width]
-                                  T* grad_student,         // [rows, width]
-                                  Images images) {
-  const int row = static_cast<int>(blockIdx.x) * kWarps + threadIdx.x / kWarpSize;
-  if (row >= images.rows) return;
-  const int lane = threadIdx.x % kWarpSize;
-  const int image = images.image_of_row(row);
-  const bool counted = image >= 0 && saved[image * kSavedColumns + kCounted] != 0.0f;
-  const float* g = direction + int64_t{row} * student.width;
-  T* out = grad_student + int64_t{row} * student.width;
-  float along = 0.0f;
-  if (counted)
-    for (int i = lane; i < student.width; i += kWarpSize) along += g[i] * student.unit(row, i);
-  along = warp_sum(along);
-  for (int i = lane; i < student.width; i += kWarpSize) {
-    const float value = (g[i] - student.unit(row, i) * along) * student.inverse[row];
-    out[i] = from_float<T>(counted ? value : 0.0f);
-  }
+  const float hsic[] = {block_sum<kThreads>(own[0], scratch), block_sum<kThreads>(own[1], scratch),
+                        block_sum<kThreads>(own[2], scratch)};
+  if (threadIdx.x == 0) values.write(image, hsic);
 }
 
 Tensor empty_float(const Tensor& like, std::initializer_list<int64_t> sizes) {
@@ -299,70 +61,317 @@ Images images_of(const Tensor& x, const Tensor& cu_seqlens) {
           static_cast<int>(x.size(0))};
 }
 
-int tile_rows(const Images& images) { return images.rows / kTile + images.count; }
-
-LaunchShape row_shape(const Images& images) {
-  return {dim3(ceil_div(images.rows, kWarps)), kThreads};
+bool wide_rows(const Tensor& x) {
+  return x.size(1) % kWide == 0 && reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0;
 }
 
-// Norms and means of one model's rows, and the tensors that hold them.
-template <typename T>
-struct Prepared {
-  Tensor inverse;
-  Tensor means;
-  Centered<T> rows;
+#if defined(GRACE_EMULATE)
+int most_shared_bytes(int /*device*/) { return kGramBytes; }
+int multiprocessors(int /*device*/) { return 4; }
+#else
+int device_attribute(cudaDeviceAttr attribute, int device) {
+  int value = 0;
+  check_cuda(cudaDeviceGetAttribute(&value, attribute, device), "asking for a device's attribute");
+  return value;
+}
+int most_shared_bytes(int device) {
+  return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+}
+int multiprocessors(int device) { return device_attribute(cudaDevAttrMultiProcessorCount, device); }
+#endif
 
-  Prepared(const Tensor& x, const Images& images)
-      : inverse(empty_float(x, {x.size(0)})),
-        means(empty_float(x, {images.count, x.size(1)})),
-        rows{data<T>(x), data<float>(inverse), data<float>(means), static_cast<int>(x.size(1))} {
-    launch(inverse_norm_kernel<T>, row_shape(images), device_of(x), rows.rows, data<float>(inverse),
-           images.rows, rows.width);
-    launch(column_mean_kernel<T>, {dim3(images.count, ceil_div(rows.width, kWarpSize)), kThreads},
-           device_of(x), rows, data<float>(means), images);
-  }
+LaunchShape following(dim3 grid, int threads, size_t shared_bytes = 0) {
+  LaunchShape shape{grid, dim3(threads), shared_bytes};
+  shape.dependent = true;
+  return shape;
+}
+
+// What forward makes beside its results: the rows, for the products and for backward.
+struct Kept {
+  Tensor stats;    // [2, T]: the student's 1 / norm and ⟨mean, centered row⟩
+  Tensor student;  // [T, pitch]
+  Tensor teacher;
 };
+
+template <typename T, typename K>
+void keep_rows(const Tensor& student, const Tensor& teacher, const Images& images,
+               const Kept& kept) {
+  const int64_t pieces = images.piece_bound<kPiece>();
+  const int64_t pitch[] = {kept.student.size(1), kept.teacher.size(1)};
+  Tensor inverse = empty_float(student, {images.rows});
+  Tensor sums = empty_float(student, {pieces * (pitch[0] + pitch[1])});
+  Tensor means = empty_float(student, {images.count * (pitch[0] + pitch[1])});
+  const auto rows_of = [&](int model) {
+    const Tensor& x = model == 0 ? student : teacher;
+    return Rows<T, K>{
+        data<T>(x),
+        data<K>(model == 0 ? kept.student : kept.teacher),
+        data<float>(model == 0 ? kept.stats : inverse),
+        model == 0 ? data<float>(kept.stats) + images.rows : nullptr,
+        data<float>(sums) + model * pieces * pitch[0],
+        data<float>(means) + model * images.count * pitch[0],
+        static_cast<int>(x.size(1)),
+        static_cast<int>(pitch[model]),
+    };
+  };
+  const int device = device_of(student);
+  launch_rows<T, K>({rows_of(0), rows_of(1)}, images, wide_rows(student) && wide_rows(teacher),
+                    most_shared_bytes(device), device);
+}
+
+GramArguments gram_arguments(const Kept& kept, int student_width, int teacher_width,
+                             const Images& images) {
+  GramArguments x = {};
+  x.student = data<fp16>(kept.student);
+  x.teacher = data<fp16>(kept.teacher);
+  x.student_width = student_width;
+  x.teacher_width = teacher_width;
+  x.images = images;
+  x.along = data<float>(kept.stats) + images.rows;
+  return x;
+}
+
+FeatureArguments feature_arguments(const GramArguments& gram) {
+  FeatureArguments x = {};
+  x.student = gram.student;
+  x.teacher = gram.teacher;
+  x.student_width = gram.student_width;
+  x.teacher_width = gram.teacher_width;
+  x.images = gram.images;
+  x.saved = gram.saved;
+  return x;
+}
+
+// What the pairs of a call come to in the worst case of its images' lengths.
+struct GramPlan {
+  int most_tiles;  // along a side of a Gram
+  int tiles;       // rows of tiles of all images
+  int pairs;
+  Sharing sharing;
+
+  int parts() const { return pairs > 0 && sharing.most > 0 ? 3 * sharing.round : 0; }
+};
+
+GramPlan gram_plan(const GramArguments& x, int device) {
+  GramPlan plan = {};
+  const int widths = x.student_width + x.teacher_width - 1;
+  const int longest = x.images.rows < widths ? x.images.rows : widths;
+  plan.most_tiles = ceil_div(longest, kTile);
+  plan.tiles = (x.images.rows + (kTile - 1) * x.images.count) / kTile;
+  plan.pairs = static_cast<int>(int64_t{plan.tiles} * (plan.most_tiles + 1) / 2);
+  const int round = multiprocessors(device);
+  plan.sharing.round = round < 2 ? 2 : (round < kMostRound ? round : kMostRound);
+  plan.sharing.whole = most_shared_bytes(device) >= kGramBytes;
+  // Among so many the remainder is little, and where memory is most wanted this saves some.
+  const bool many = plan.sharing.whole && plan.pairs > kManyRounds * plan.sharing.round;
+  plan.sharing.most = many ? 0 : plan.sharing.round / 2;
+  return plan;
+}
+
+template <bool kBackward>
+void launch_parts(const GramArguments& x, const GramPlan& plan, const Sharing& sharing,
+                  int device) {
+  const int pairs = plan.pairs < sharing.most ? plan.pairs : sharing.most;
+  launch(part_kernel<kBackward>, following(dim3(plan.parts()), kGroup, kTileBytes), device, x,
+         sharing);
+  launch(part_sum_kernel<kBackward>, following(dim3(pairs, kSlices), kThreads), device, x, sharing);
+}
+
+template <bool kBackward>
+void launch_gram(const GramArguments& x, const GramPlan& plan, const Tensor& parts, int device) {
+  if (plan.pairs == 0) return;
+  Sharing sharing = plan.sharing;
+  sharing.parts = data<float>(parts);
+  if (!sharing.whole) {
+    for (; sharing.first < plan.pairs; sharing.first += sharing.most)
+      launch_parts<kBackward>(x, plan, sharing, device);
+    return;
+  }
+  if (plan.pairs > sharing.most) {  // else few enough to be shared, all of them
+    const int blocks = plan.pairs < kMostBlocks ? plan.pairs : kMostBlocks;
+    launch(gram_kernel<kBackward>, following(dim3(blocks), kThreads, kGramBytes), device, x,
+           sharing);
+  }
+  if (sharing.most > 0) launch_parts<kBackward>(x, plan, sharing, device);
+}
+
+void launch_values(GramArguments gram, const Values& values, const Tensor& like) {
+  const int device = device_of(like);
+  const GramPlan plan = gram_plan(gram, device);
+  FeatureArguments feature = feature_arguments(gram);
+  Tensor parts = empty_float(like, {int64_t{plan.parts()} * kTile * kTile});
+  Tensor sums = empty_float(like, {int64_t{plan.pairs} * kSlices * 3});
+  Tensor feature_sums = empty_float(like, {int64_t{feature.slots()} * feature.tiles()});
+  gram.sums = data<float>(sums);
+  feature.sums = data<float>(feature_sums);
+  launch_gram<false>(gram, plan, parts, device);
+  launch(
+      feature_kernel<false>,
+      following(dim3(feature.tiles(), static_cast<unsigned>(feature.slots())), kGroup, kTileBytes),
+      device, feature);
+  launch(value_kernel, following(dim3(values.images.count), kThreads), device, gram, feature,
+         values);
+}
+
+// Gradients of images in Gram form, and of rows in no image: window after window of W. Those after
+// the first are mostly for nobody: their pairs are not shared, for two launches less.
+template <typename T>
+void launch_direction(DirectionArguments<T> x, GramPlan plan, const Tensor& weights,
+                      const Tensor& parts, int device) {
+  const int most = plan.tiles * plan.most_tiles;
+  const auto columns = static_cast<unsigned>(ceil_div(x.gram.student_width, kTile));
+  const Images& images = x.gram.images;
+  const int tile_rows = images.piece_bound<kTile>();
+  Weights& w = x.gram.weights;
+  w.at = data<unsigned char>(weights);
+  w.capacity = most < 1 ? 1 : (most < kMostWeights ? most : kMostWeights);
+  for (; w.window == 0 || w.window * w.capacity < most; ++w.window) {
+    if (w.window > 0 && plan.sharing.whole) plan.sharing.most = 0;
+    launch_gram<true>(x.gram, plan, parts, device);
+    const int outside = w.window == 0 ? ceil_div(images.rows, kTile) : 0;
+    launch(direction_kernel<T>, following(dim3(tile_rows + outside, columns), kGroup, kTileBytes),
+           device, x);
+  }
+}
+
+template <typename T>
+void launch_feature_direction(FeatureArguments x, const DirectionArguments<T>& direction,
+                              int device) {
+  const auto columns = static_cast<unsigned>(x.student_tiles());
+  const int tile_rows = x.images.piece_bound<kTile>();
+  for (x.slot = 0; x.slot < x.slots(); ++x.slot) {
+    launch(feature_kernel<true>,
+           following(dim3(x.cross_tiles() + pairs_of(x.student_tiles())), kGroup, kTileBytes),
+           device, x);
+    launch(feature_direction_kernel, following(dim3(tile_rows, columns), kGroup, kTileBytes),
+           device, x, reinterpret_cast<fp16*>(direction.out));
+  }
+  if (x.slots() > 0)
+    launch(feature_normalization_kernel<T>,
+           following(dim3(ceil_div(x.images.rows, kWarps)), kThreads), device, x, direction.student,
+           direction.inverse, direction.grad, direction.out);
+}
+
+// Bytes of W with the row of tiles that a window ends in, or of an image's products.
+int64_t backward_bytes(const GramPlan& plan, const FeatureArguments& feature) {
+  const int64_t most = int64_t{plan.tiles} * plan.most_tiles;
+  const int64_t weights = most <= kMostWeights ? most : int64_t{kMostWeights} + plan.most_tiles;
+  const int64_t products =
+      feature.slots() > 0 ? int64_t{feature.widths()} * kept_pitch(feature.student_width) * 2 : 0;
+  return weights * kWeightBytes > products ? weights * kWeightBytes : products;
+}
+
+template <typename T>
+void backward_tensor_cores(const Tensor& grad, const Tensor& student, const Kept& kept,
+                           const Tensor& saved, const Images& images, int teacher_width,
+                           const Tensor& out) {
+  const int device = device_of(student);
+  GramArguments gram =
+      gram_arguments(kept, static_cast<int>(student.size(1)), teacher_width, images);
+  gram.saved = data<float>(saved);
+  const GramPlan plan = gram_plan(gram, device);
+  FeatureArguments feature = feature_arguments(gram);
+  Tensor workspace = empty_float(student, {ceil_div<int64_t>(backward_bytes(plan, feature), 4)});
+  Tensor parts = empty_float(student, {int64_t{plan.parts()} * kTile * kTile});
+  const DirectionArguments<T> direction = {gram,
+                                           data<T>(student),
+                                           data<float>(kept.stats),
+                                           data<float>(grad),
+                                           data<T>(out),
+                                           wide_rows(student) && wide_rows(out)};
+  launch_direction<T>(direction, plan, workspace, parts, device);
+  feature.products = data<fp16>(workspace);
+  launch_feature_direction<T>(feature, direction, device);
+}
+
+namespace float32 {
+
+using namespace grace::cka::float32;
+
+Centered centered_of(const Tensor& kept, int width) {
+  return {data<float>(kept), width, static_cast<int>(kept.size(1)), 1.0f / row_scale(width)};
+}
+
+int tile_rows(const Images& images) { return images.piece_bound<grace::cka::float32::kTile>(); }
+
+void forward(const Centered& s, const Centered& t, const Values& values, const Tensor& like) {
+  const int device = device_of(like), rows = tile_rows(values.images);
+  Tensor sums = empty_float(like, {rows, kTileColumns, 3});
+  launch(hsic_kernel, {dim3(rows, kTileColumns), kThreads}, device, s, t, data<float>(sums),
+         values.images);
+  launch(grace::cka::float32::value_kernel, {dim3(values.images.count), kThreads}, device,
+         data<float>(sums), values);
+}
+
+void backward(const Tensor& grad, const Tensor& student, const Kept& kept, const Tensor& saved,
+              const Images& images, int teacher_width, const Tensor& out) {
+  const int device = device_of(student), width = static_cast<int>(student.size(1));
+  const int rows = tile_rows(images);
+  const Centered s = centered_of(kept.student, width), t = centered_of(kept.teacher, teacher_width);
+  const auto columns = static_cast<unsigned>(ceil_div(width, grace::cka::float32::kTile));
+  Tensor direction = empty_float(student, {images.rows, width});
+  Tensor difference = empty_float(student, {images.rows, kStrip});
+  // Strips that no image reaches end at once.
+  for (int strip = 0; strip < ceil_div(images.rows, kStrip); ++strip) {
+    launch(difference_kernel, {dim3(rows, kStripTiles), kThreads}, device, s, t, data<float>(grad),
+           data<float>(saved), data<float>(difference), strip, images);
+    launch(grace::cka::float32::direction_kernel, {dim3(rows, columns), kThreads}, device, s,
+           data<float>(saved), data<float>(difference), data<float>(direction), strip, images);
+  }
+  launch(normalization_backward_kernel, {dim3(ceil_div(images.rows, kWarps)), kThreads}, device,
+         data<float>(student), data<float>(kept.stats), data<float>(saved), data<float>(direction),
+         data<float>(out), width, images);
+}
+
+}  // namespace float32
 
 // student [T, ds] and teacher [T, dt] of one dtype, cu_seqlens int32 [B + 1], contiguous: checked
 // in Python.
-std::tuple<Tensor, Tensor> cka_cuda(const Tensor& student, const Tensor& teacher,
-                                    const Tensor& cu_seqlens, int64_t min_tokens) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cka_cuda(const Tensor& student,
+                                                            const Tensor& teacher,
+                                                            const Tensor& cu_seqlens,
+                                                            int64_t min_tokens) {
   const Images images = images_of(student, cu_seqlens);
-  const int device = device_of(student);
+  const int widths[] = {static_cast<int>(student.size(1)), static_cast<int>(teacher.size(1))};
   Tensor value = empty_float(student, {images.count});
   Tensor saved = empty_float(student, {images.count, kSavedColumns});
-  Tensor sums = empty_float(student, {tile_rows(images), kTileColumns, 3});
+  const auto type =
+      student.scalar_type() == ScalarType::Float ? ScalarType::Float : ScalarType::Half;
+  const auto kept_rows = [&](int width) {
+    return torch::stable::new_empty(student, {images.rows, kept_pitch(width)}, type);
+  };
+  const Kept kept = {empty_float(student, {2, images.rows}), kept_rows(widths[0]),
+                     kept_rows(widths[1])};
+  const Values values = {data<float>(value), data<float>(saved), images,
+                         static_cast<int>(min_tokens)};
   dispatch_floating(student.scalar_type(), "cka", [&](auto element) {
     using T = decltype(element);
-    const Prepared<T> s(student, images), t(teacher, images);
-    launch(hsic_kernel<T>, {dim3(tile_rows(images), kTileColumns), kThreads}, device, s.rows,
-           t.rows, data<float>(sums), images);
+    if constexpr (std::is_same_v<T, float>) {
+      keep_rows<T, float>(student, teacher, images, kept);
+      float32::forward(float32::centered_of(kept.student, widths[0]),
+                       float32::centered_of(kept.teacher, widths[1]), values, student);
+    } else {
+      keep_rows<T, fp16>(student, teacher, images, kept);
+      launch_values(gram_arguments(kept, widths[0], widths[1], images), values, student);
+    }
   });
-  launch(value_kernel, {dim3(images.count), kThreads}, device, data<float>(sums),
-         data<float>(value), data<float>(saved), images, static_cast<int>(min_tokens));
-  return {value, saved};
+  return {value, saved, kept.stats, kept.student, kept.teacher};
 }
 
-Tensor cka_backward_cuda(const Tensor& grad, const Tensor& student, const Tensor& teacher,
-                         const Tensor& cu_seqlens, const Tensor& saved) {
+Tensor cka_backward_cuda(const Tensor& grad, const Tensor& student, const Tensor& cu_seqlens,
+                         const Tensor& saved, const Tensor& stats, const Tensor& student_rows,
+                         const Tensor& teacher_rows, int64_t teacher_width) {
   const Images images = images_of(student, cu_seqlens);
-  const int device = device_of(student);
-  const auto column_tiles = static_cast<unsigned>(ceil_div<int64_t>(student.size(1), kTile));
+  const Kept kept = {stats, student_rows, teacher_rows};
+  const int width = static_cast<int>(teacher_width);
   Tensor grad_student = torch::stable::empty_like(student);
-  Tensor direction = empty_float(student, {student.size(0), student.size(1)});
-  Tensor difference = empty_float(student, {student.size(0), kStrip});
   dispatch_floating(student.scalar_type(), "cka_backward", [&](auto element) {
     using T = decltype(element);
-    const Prepared<T> s(student, images), t(teacher, images);
-    // The host does not know the images' lengths: strips that no image reaches end at once.
-    for (int strip = 0; strip < ceil_div(images.rows, kStrip); ++strip) {
-      launch(difference_kernel<T>, {dim3(tile_rows(images), kStripTiles), kThreads}, device, s.rows,
-             t.rows, data<float>(grad), data<float>(saved), data<float>(difference), strip, images);
-      launch(direction_kernel<T>, {dim3(tile_rows(images), column_tiles), kThreads}, device, s.rows,
-             data<float>(saved), data<float>(difference), data<float>(direction), strip, images);
+    if constexpr (std::is_same_v<T, float>) {
+      float32::backward(grad, student, kept, saved, images, width, grad_student);
+    } else {
+      backward_tensor_cores<T>(grad, student, kept, saved, images, width, grad_student);
     }
-    launch(normalization_backward_kernel<T>, row_shape(images), device, s.rows, data<float>(saved),
-           data<float>(direction), data<T>(grad_student), images);
   });
   return grad_student;
 }

@@ -7,9 +7,6 @@
 
 namespace grace::cka {
 
-// Tokens along each side of a tile of a Gram matrix.
-constexpr int kTile = 64;
-
 // Columns of `saved`, one row an image.
 enum Saved { kHsicBoth, kHsicStudent, kHsicTeacher, kCounted, kSavedColumns };
 
@@ -32,12 +29,23 @@ struct Images {
     return n < 0 ? 0 : n;
   }
 
-  // Tile rows of all images are numbered without knowing their lengths on the host: an image that
-  // begins at row b has those from b / kTile + image on. Its last one lies below where the next
-  // image's begin, and all lie below rows / kTile + count.
-  GRACE_HOST_DEVICE int first_tile(int image) const { return bound(image) / kTile + image; }
+  // Pieces of kRows rows of all images are numbered without knowing their lengths on the host: an
+  // image that begins at row b has those from b / kRows + image on. Its last one lies below where
+  // the next image's begin, and all lie below piece_bound().
+  template <int kRows>
+  GRACE_HOST_DEVICE int first_piece(int image) const {
+    return bound(image) / kRows + image;
+  }
 
-  GRACE_HOST_DEVICE int tiles(int image) const { return (length(image) + kTile - 1) / kTile; }
+  template <int kRows>
+  GRACE_HOST_DEVICE int pieces(int image) const {
+    return (length(image) + kRows - 1) / kRows;
+  }
+
+  template <int kRows>
+  GRACE_HOST_DEVICE int piece_bound() const {
+    return rows / kRows + count;
+  }
 
   // The last image whose `key` is at most `value`, -1 if there is none.
   template <typename Key>
@@ -61,18 +69,35 @@ struct Images {
   }
 };
 
-// A tile row of an image; `image` is -1 for a number that no image uses.
-struct TileRow {
+// At most kRows rows of an image; `image` is -1 for a number that no image uses.
+struct Piece {
   int image;
   int index;  // within the image
+  int first;  // row, among all rows
+  int count;  // of rows
 };
 
-GRACE_HOST_DEVICE TileRow tile_row_of(int number, const Images& images) {
-  const int image = images.last_at_most(number, [&](int i) { return images.first_tile(i); });
-  if (image < 0) return {-1, 0};
-  const int index = number - images.first_tile(image);
-  return index < images.tiles(image) ? TileRow{image, index} : TileRow{-1, 0};
+template <int kRows>
+GRACE_HOST_DEVICE Piece piece_of(int number, const Images& images) {
+  const int image =
+      images.last_at_most(number, [&](int i) { return images.first_piece<kRows>(i); });
+  if (image < 0) return {-1, 0, 0, 0};
+  const int index = number - images.first_piece<kRows>(image);
+  const int left = images.length(image) - index * kRows;
+  if (left <= 0) return {-1, 0, 0, 0};
+  return {image, index, images.bound(image) + index * kRows, left < kRows ? left : kRows};
 }
+
+// What centered unit rows are multiplied by where they are kept, 2^floor(log2(sqrt(width))): their
+// elements are then near 1, where fp16 has all its digits.
+GRACE_HOST_DEVICE float row_scale(int width) {
+  float scale = 1.0f;
+  for (; width >= 4; width /= 4) scale *= 2.0f;
+  return scale;
+}
+
+// Elements from one kept row to the next: a multiple of 16 bytes, zeros behind the row.
+GRACE_HOST_DEVICE int kept_pitch(int width) { return (width + 7) / 8 * 8; }
 
 GRACE_HOST_DEVICE float inverse_norm(float sum_of_squares) {
   const float norm = sqrtf(sum_of_squares);
@@ -89,15 +114,33 @@ GRACE_HOST_DEVICE float alignment(float both, float student, float teacher) {
   return both / (sqrtf(student) * sqrtf(teacher));
 }
 
-// The gradient is (teacher L + student K) S of the centered Grams L and K and the centered rows S.
+// What forward returns of each image.
+struct Values {
+  float* value;  // [images]
+  float* saved;  // [images, kSavedColumns]
+  Images images;
+  int min_tokens;
+
+  GRACE_HOST_DEVICE void write(int image, const float (&hsic)[3]) const {
+    const int n = images.length(image);
+    const bool counted = counts(hsic[kHsicStudent], hsic[kHsicTeacher], n, min_tokens);
+    value[image] =
+        counted ? alignment(hsic[kHsicBoth], hsic[kHsicStudent], hsic[kHsicTeacher]) : 1.0f;
+    float* const to = saved + image * kSavedColumns;
+    for (int i = 0; i < 3; ++i) to[i] = n >= min_tokens ? hsic[i] : 0.0f;
+    to[kCounted] = counted ? 1.0f : 0.0f;
+  }
+};
+
+// The gradient in centered rows is factor * (L - ratio K) S of the centered Grams K and L.
 struct Factors {
-  float student;
-  float teacher;
+  float factor;
+  float ratio;
 };
 
 GRACE_HOST_DEVICE Factors gradient_factors(const float* saved, float grad) {
-  const float teacher = 2.0f * grad / (sqrtf(saved[kHsicStudent]) * sqrtf(saved[kHsicTeacher]));
-  return {-teacher * saved[kHsicBoth] / saved[kHsicStudent], teacher};
+  return {2.0f * grad / (sqrtf(saved[kHsicStudent]) * sqrtf(saved[kHsicTeacher])),
+          saved[kHsicBoth] / saved[kHsicStudent]};
 }
 
 }  // namespace grace::cka

@@ -42,7 +42,7 @@ __device__ __forceinline__ void multiply_tile(const Slot<kBits, S::kBands, kGrou
     Accumulators<S::kTiles>(&group)[S::kBands] = chains[half % kChains];
     uint32_t fragments[S::kTiles][4];  // of x: 32 columns of 8 rows each
 #pragma unroll
-    for (int j = 0; j < S::kTiles; ++j) load_matrices(x[j] + half * kTile, fragments[j]);
+    for (int j = 0; j < S::kTiles; ++j) load_fragments<false>(fragments[j], x[j] + half * kTile);
 #pragma unroll
     for (int band = 0; band < S::kBands; ++band) {
       const uint32_t* words = reinterpret_cast<const uint32_t*>(slot.words[band]);
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocksPerSm)
   load_x<S::kThreads>(call.x, walk, block_first, tiles, x);
   cluster_barrier(walk.cluster);  // also: every block runs before another writes to it
 
-  // This lane's chunks of x for load_matrices. Where x has fewer rows the last one stands for
+  // This lane's chunks of x for load_fragments. Where x has fewer rows the last one stands for
   // them: what comes of it is not written.
   const unsigned char *first_x[S::kTiles], *tile_x[S::kTiles];
 #pragma unroll

@@ -195,8 +195,8 @@ class MmaMultiplier {
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) {
       const uint32_t from = ring_.stage() + kParity * S::kXBytes + j * 1024 + x_place_;
-      load_matrices(from, x[j][0]);
-      load_matrices(from ^ 64, x[j][1]);  // chunks 4 to 7
+      load_fragments<false>(x[j][0], from);
+      load_fragments<false>(x[j][1], from ^ 64);  // chunks 4 to 7
     }
     codes_.template decode<kParity, 0>(first);
     codes_.template decode<kParity, 1>(second);

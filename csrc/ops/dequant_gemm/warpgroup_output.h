@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/cluster.h"
+#include "common/mma.h"
 #include "common/shared_memory.h"
 #include "common/wgmma.h"
 #include "ops/dequant_gemm/warpgroup_shapes.h"
@@ -84,7 +85,7 @@ class Writer {
 #pragma unroll
     for (int f = 0; f < kLeaving / 8; f += 2) {
       uint32_t four[4];
-      load_turned(turned_place(f), four);
+      load_fragments<true>(four, turned_place(f));
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         v[f * 4 + i * 2] += to_float(T{static_cast<uint16_t>(four[i])});
