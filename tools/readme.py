@@ -37,16 +37,15 @@ CPU_ROWS = (1, 4, 16, 64, 256, 1024)
 
 def dequant_gemm() -> str:
     """The results of dequant_gemm: means over layers of each GPU, one layer of each CPU."""
-    results = sorted((ROOT / "benchmarks/results").glob("*/dequant_gemm.json"))
-    parts = []
-    for path in results:
+    gpus, cpus = [], []
+    for path in sorted((ROOT / "benchmarks/results").glob("*/dequant_gemm.json")):
         content = json.loads(path.read_text())
         facts = content["environment"]
         if facts["device"].startswith("cpu-"):
-            parts += [cpu_results(content, facts), ""]
+            cpus.append(cpu_results(content, facts))
         else:
-            parts = [gpu_results(content, facts), "", *parts]
-    return "\n".join(parts[:-1])
+            gpus.append(gpu_results(content, facts))
+    return "\n\n".join(gpus + cpus)
 
 
 def gpu_results(content: dict, facts: dict) -> str:
@@ -55,9 +54,10 @@ def gpu_results(content: dict, facts: dict) -> str:
     chart = f"docs/ops/dequant_gemm_{facts['device']}.png"
     head = (
         f"`dequant_gemm` on {facts['device'].upper()}, W4, group 128, bfloat16, torch "
-        f"{facts['torch']}, weights not in a cache: speed-up (geometric means over layers) by rows "
-        "of x. Peers are Marlin, Machete, PyTorch's tinygemm, humming-kernels and gemlite in the "
-        "same run; [by layer](docs/ops/dequant_gemm.md#measured), with the targets."
+        f"{facts['torch']}, commit {facts['commit'][:7]}, weights not in a cache: speed-up "
+        "(geometric means over layers) by rows of x. Peers are Marlin, Machete, PyTorch's "
+        "tinygemm, humming-kernels and gemlite in the same run; "
+        "[by layer](docs/ops/dequant_gemm.md#measured), with the targets."
     )
     image = f"![Speed-up and share of the floor]({chart})"
     return "\n\n".join([head, plot_dequant_gemm.summary(points), image])
@@ -77,9 +77,55 @@ def cpu_results(content: dict, facts: dict) -> str:
     return f"{head}\n\n{benchmark_table({**content, 'rows': rows})}"
 
 
+TRAINING = ("fake_quant", "gated_dkd", "cka", "linear_gated_dkd")
+
+
+def training_ops() -> str:
+    """Forward and backward of the ops of training, on each GPU."""
+    parts = []
+    for folder in sorted((ROOT / "benchmarks/results").iterdir()):
+        found = [folder / f"{op}.json" for op in TRAINING if (folder / f"{op}.json").exists()]
+        if found and not folder.name.startswith("cpu-"):
+            contents = [json.loads(path.read_text()) for path in found]
+            parts.append(training_results(contents))
+    return "\n\n".join(parts)
+
+
+def training_results(contents: list[dict]) -> str:
+    """A line a size, beside the formulas in eager PyTorch."""
+    facts = contents[0]["environment"]
+    head = (
+        f"Forward and backward on {facts['device'].upper()}, bfloat16, torch {facts['torch']}, "
+        f"commit {facts['commit'][:7]}, medians. The floor is that of the bytes or products that "
+        "no implementation avoids; memory is what a call allocates, its results included."
+    )
+    columns = ["op", "size", "floor, µs", "grace, µs", "eager, µs", "speed-up", "grace, MiB"]
+    lines = [[*columns, "eager, MiB"], ["---"] * 2 + ["---:"] * 6]
+    for content in contents:
+        sides: dict[str, dict[str, dict]] = {}
+        for row in content["rows"]:
+            size = " ".join(f"{key}={value}" for key, value in row["size"].items())
+            sides.setdefault(size, {})[row["side"]] = row
+        for size, rows in sides.items():
+            lines.append([f"`{content['benchmark']}`", size, *training_line(rows)])
+    shown = ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join([head, "", *shown])
+
+
+def training_line(rows: dict[str, dict]) -> list[str]:
+    """Of one size: times, speed-up and memory; a dash for what was not timed."""
+    ours, eager = rows["grace"], rows.get("eager", {})
+    times = [f"{ours['floor_us']:.0f}", f"{ours['us']:.0f}"]
+    if "us" not in eager:
+        return [*times, "–", "–", f"{ours['peak_mib']:.0f}", "–"]
+    speed_up = f"{eager['us'] / ours['us']:.1f}×"
+    memory = [f"{row['peak_mib']:.0f}" for row in (ours, eager)]
+    return [*times, f"{eager['us']:.0f}", speed_up, *memory]
+
+
 def filled(text: str) -> str:
     """The README with every marked block made anew."""
-    for make in (quickstart, dequant_gemm):
+    for make in (quickstart, dequant_gemm, training_ops):
         name = make.__name__
         pattern = rf"(<!-- begin {name} .*?-->\n).*?(<!-- end {name} -->)"
         text, count = re.subn(

@@ -1,4 +1,4 @@
-"""The formula that gated DKD is timed against is the same loss, and the exact gradients are right."""
+"""The formula that gated DKD is timed against is the same loss; the exact gradients are right."""
 
 from __future__ import annotations
 

@@ -101,6 +101,7 @@ def assert_runs_accurately(kernels: Kernels, case: Case) -> None:
         reference_backward(*exact_arguments),
         reference_backward(*arguments),
         name="grad_student",
+        ulps=4,  # sums over an image in another order
     )
 
 
