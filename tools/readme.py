@@ -109,7 +109,9 @@ def training_results(contents: list[dict]) -> str:
         for size, rows in sides.items():
             lines.append([f"`{content['benchmark']}`", size, *training_line(rows)])
     shown = ["| " + " | ".join(line) + " |" for line in lines]
-    return "\n".join([head, "", *shown])
+    chart = f"docs/ops/training_ops_{facts['device']}.png"
+    image = f"![Time over the floor, and memory, by size]({chart})"
+    return "\n".join([head, "", *shown, "", image])
 
 
 def training_line(rows: dict[str, dict]) -> list[str]:
