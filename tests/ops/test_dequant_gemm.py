@@ -39,11 +39,13 @@ def runs(capability: str) -> bool:
     """Whether this CPU has it, by PyTorch's account."""
     if capability == "amx":
         return torch.cpu._is_amx_tile_supported()
+    if capability == "avx512bf16":
+        return torch.cpu._is_avx512_bf16_supported()
     known = torch.backends.cpu.get_cpu_capability()  # AVX512, AVX2, …
     return {"avx512": "AVX512", "avx2": "AVX"}[capability] in known
 
 
-CAPABILITIES = ("amx", "avx512", "avx2", "default")
+CAPABILITIES = ("amx", "avx512bf16", "avx512", "avx2", "default")
 
 
 @pytest.fixture(
@@ -288,7 +290,7 @@ def test_compiles_once_for_all_batch_sizes():
 
 def test_capability_is_checked(monkeypatch):
     monkeypatch.setenv("GRACE_CPU_CAPABILITY", "avx3")
-    with pytest.raises(RuntimeError, match=r"must be default, avx2, avx512 or amx, got avx3"):
+    with pytest.raises(RuntimeError, match=r"must be default, avx2, avx512, avx512bf16 or amx, got avx3"):
         through_op(make_case())
 
 
