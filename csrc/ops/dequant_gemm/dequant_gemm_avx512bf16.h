@@ -31,7 +31,7 @@ constexpr int kGids = 8;
 constexpr int kSteps = kTile / 2;          // of a tile: pairs of neighbouring columns
 constexpr int kStepsAtOnce = 8;            // the part of them that is unrolled
 constexpr int kBlockRows = 6;              // rows of x, times four bands: 24 registers of sums
-constexpr int64_t kRowsAtOnce = 256;       // rows of x for which weights are decoded once
+constexpr int64_t kRowsAtOnce = 128;       // rows of x for which weights are decoded once
 constexpr int kVectorsOfTile = kSteps * kBands;
 
 inline bool supported() {
@@ -99,18 +99,6 @@ GRACE_SIMD_INLINE void transpose(const uint32_t* from, uint32_t* to) {
   }
 }
 
-// A chunk, tile for tile and band for band; fetches the one after it.
-template <typename Cut>
-GRACE_SIMD void transpose_chunk(const uint32_t* packed, uint32_t* transposed) {
-  constexpr int kStrip = kGids * kLanes;
-  for (int i = 0; i < Cut::kPacked; i += kStrip) {
-    // May pass the end: a prefetch never faults.
-    for (int line = 0; line < kStrip; line += kLanes)
-      __builtin_prefetch(packed + Cut::kPacked + i + line);
-    transpose(packed + i, transposed + i);
-  }
-}
-
 // 7 to -8, looked up 32 at once. The look-up takes five bits: both halves of the table are the same.
 GRACE_SIMD_INLINE Words look_up(Words nibbles) {
   const Words codes = _mm512_set_epi16(
@@ -132,14 +120,61 @@ GRACE_SIMD_INLINE Words convert_bytes(Words words) {
   return _mm512_or_si512(_mm512_srli_epi32(low, 16), high);
 }
 
-// Where weights come from, as bf16: the packed codes of a transposed chunk ...
+// The chunks of one thread, in the order in which they lie. While one is used, the next is
+// transposed and those after it are fetched, a little with every few steps.
+template <typename Cut>
+class Chunks {
+ public:
+  GRACE_SIMD Chunks(const uint32_t* begin, const uint32_t* end) : next_(begin), end_(end) {
+    for (int part = 0; part < kParts; ++part) prepare(part);
+    turn();
+  }
+
+  // The transposed words of the chunk at hand.
+  const uint32_t* words() const { return words_[side_]; }
+
+  // One part of kParts of the work for the next chunk.
+  GRACE_SIMD_INLINE void prepare(int part) {
+    constexpr int kStrip = kGids * kLanes, kStrips = Cut::kPacked / kStrip / kParts;
+    if (next_ == end_) return;
+#pragma GCC unroll 2
+    for (int i = part * kStrips; i < (part + 1) * kStrips; ++i) {
+      // May pass the end: a prefetch never faults.
+      for (int line = 0; line < kStrip; line += kLanes)
+        __builtin_prefetch(next_ + i * kStrip + line + kAhead, 0, 2);  // into the L2 cache
+      transpose(next_ + i * kStrip, words_[1 - side_] + i * kStrip);
+    }
+  }
+
+  // To the next chunk, all of which has been prepared.
+  void turn() {
+    if (next_ != end_) next_ += Cut::kPacked;
+    side_ = 1 - side_;
+  }
+
+ private:
+  static constexpr int kParts = Cut::kTiles * kSteps / kStepsAtOnce;
+  static constexpr int kAhead = kPrefetchBytes / sizeof(uint32_t);
+  alignas(64) uint32_t words_[2][Cut::kPacked];
+  int side_ = 0;
+  const uint32_t* next_;
+  const uint32_t* end_;
+};
+
+// Where weights come from, as bf16: the packed codes of a chunk, when they are used first ...
 template <typename Cut>
 struct Packed {
   const uint32_t* words;
+  Chunks<Cut>* chunks;
 
   // The columns of a tile that a step has, in pairs.
   static constexpr int column(int step) {
     return Cut::kBits == 4 ? step / 8 * 8 + step % 2 * 4 + step % 8 / 2 : step;
+  }
+
+  // Called once for every few steps.
+  GRACE_SIMD_INLINE void meanwhile(int tile, int first) const {
+    chunks->prepare((tile * kSteps + first) / kStepsAtOnce);
   }
 
   GRACE_SIMD_INLINE Words operator()(int tile, int band, int step) const {
@@ -159,6 +194,20 @@ struct Packed {
 template <typename Cut>
 struct Decoded {
   const uint32_t* vectors;
+  const uint32_t* next_x;  // of the next rows: fetched into the L1 cache
+  const float* next_sums;
+
+  GRACE_SIMD_INLINE void meanwhile(int tile, int first) const {
+    constexpr int kLinesOfX = kBlockRows * Cut::kRow / kLanes * kStepsAtOnce / (Cut::kTiles * kSteps);
+    constexpr int kLines = kBlockRows * kTile / kLanes * kStepsAtOnce / (Cut::kTiles * kSteps);
+    const int part = (tile * kSteps + first) / kStepsAtOnce;
+#pragma GCC unroll 9
+    for (int i = 0; i < kLinesOfX; ++i)
+      __builtin_prefetch(next_x + (part * kLinesOfX + i) * kLanes);
+#pragma GCC unroll 6
+    for (int i = 0; i < kLines; ++i)
+      __builtin_prefetch(next_sums + (part * kLines + i) * kLanes);
+  }
 
   GRACE_SIMD_INLINE Words operator()(int tile, int band, int step) const {
     return _mm512_load_si512(vectors + ((tile * kSteps + step) * kBands + band) * kLanes);
@@ -169,6 +218,7 @@ template <typename Cut>
 GRACE_SIMD void decode(const Packed<Cut>& packed, uint32_t* vectors) {
   for (int tile = 0; tile < Cut::kTiles; ++tile) {
     for (int first = 0; first < kSteps; first += kStepsAtOnce) {
+      packed.meanwhile(tile, first);
 #pragma GCC unroll 8
       for (int i = 0; i < kStepsAtOnce; ++i) {
 #pragma GCC unroll 4
@@ -187,22 +237,18 @@ GRACE_SIMD_INLINE void multiply_add(Floats& sum, Words weights, const uint32_t* 
   asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(weights), "m"(*x));
 }
 
-// A chunk of a row of tiles: what all rows of x share.
-struct Chunk {
-  const uint32_t* transposed;
-  const uint32_t* decoded;
-  Floats scales[kBands];
-};
-
 // sums[kM][64] += scales * (weights of a chunk times kM rows of it), in one order for any kM.
 template <typename Cut, typename Weights, int kM>
 GRACE_SIMD void add(const Weights& weights, const Floats* scales, const uint32_t* x, float* sums) {
   Floats products[kM][kBands];
+#pragma GCC unroll 6
   for (int m = 0; m < kM; ++m)
+#pragma GCC unroll 4
     for (int band = 0; band < kBands; ++band) products[m][band] = _mm512_setzero_ps();
   for (int tile = 0; tile < Cut::kTiles; ++tile) {
     const uint32_t* const x_of_tile = x + tile * Cut::kParts * kSteps;
     for (int first = 0; first < kSteps; first += kStepsAtOnce) {
+      weights.meanwhile(tile, first);
 #pragma GCC unroll 8
       for (int i = 0; i < kStepsAtOnce; ++i) {
         const uint32_t* const pairs = x_of_tile + first + Packed<Cut>::column(i);
@@ -218,7 +264,9 @@ GRACE_SIMD void add(const Weights& weights, const Floats* scales, const uint32_t
       }
     }
   }
+#pragma GCC unroll 6
   for (int m = 0; m < kM; ++m) {
+#pragma GCC unroll 4
     for (int band = 0; band < kBands; ++band) {
       float* const sum = sums + m * kTile + band * kLanes;
       const Floats before = _mm512_load_ps(sum);
@@ -238,36 +286,50 @@ constexpr auto kAdds = adds_of<Cut, Weights>(std::make_integer_sequence<int, kBl
 // sums[rows][64] += a chunk times all rows of x. Up to a block of rows, weights go from the packed
 // words straight into the products; beyond that they are decoded once.
 template <typename Cut>
-GRACE_SIMD void multiply(const uint32_t* transposed, uint32_t* decoded, const Floats* scales,
+GRACE_SIMD void multiply(const Packed<Cut>& packed, uint32_t* decoded, const Floats* scales,
                          const uint32_t* x, int64_t rows, float* sums) {
-  const Packed<Cut> packed{transposed};
   if (rows <= kBlockRows) return kAdds<Cut, Packed<Cut>>[rows - 1](packed, scales, x, sums);
   decode<Cut>(packed, decoded);
   const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
   for (int64_t i = 0; i < blocks; ++i) {
     const int64_t m = rows * i / blocks, count = rows * (i + 1) / blocks - m;
-    kAdds<Cut, Decoded<Cut>>[count - 1]({decoded}, scales, x + m * Cut::kRow, sums + m * kTile);
+    const Decoded<Cut> weights{decoded, x + (m + count) * Cut::kRow, sums + (m + count) * kTile};
+    kAdds<Cut, Decoded<Cut>>[count - 1](weights, scales, x + m * Cut::kRow, sums + m * kTile);
   }
 }
 
 // --- rows of tiles ------------------------------------------------------------------------------
 
-// sums[rows][64] = a row of tiles times all rows of x.
-template <typename Cut>
-GRACE_SIMD void multiply_row(const Call<typename Cut::T>& call, int64_t tile, const uint32_t* x,
-                             int64_t rows, float* sums) {
-  const Problem& p = call.problem;
-  alignas(64) uint32_t transposed[Cut::kPacked], decoded[Cut::kDecoded];
-  const int64_t chunks = p.k_tiles / Cut::kTiles;
+// The scales of a tile lie far from those of other groups: nothing else would fetch them in time.
+inline void prefetch_scales(const Scales& scales, int64_t group, int64_t row) {
+  const int64_t bytes = scales.is_float ? 4 : 2;
+  const auto* const first =
+      static_cast<const char*>(scales.data) + (group * scales.stride + row) * bytes;
+  for (int64_t line = 0; line < kTile * bytes; line += 64) __builtin_prefetch(first + line);
+}
+
+// Rows of tiles [begin, end) times all rows of x; `finish(tile)` is called once sums[rows][64] of
+// a row of tiles are there.
+template <typename Cut, typename F>
+GRACE_SIMD void multiply_rows(const Problem& p, const uint32_t* qweight, const Scales& scales,
+                              int64_t begin, int64_t end, const uint32_t* x, int64_t rows,
+                              float* sums, const F& finish) {
+  alignas(64) uint32_t decoded[Cut::kDecoded];
+  const int64_t count = p.k_tiles / Cut::kTiles;
   const int64_t chunks_of_group = p.group_size / (Cut::kTiles * kTile);
-  const uint32_t* const packed = call.qweight + tile * chunks * Cut::kPacked;
-  std::fill_n(sums, rows * kTile, 0.0f);
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    Floats scales[kBands];
-    for (int band = 0; band < kBands; ++band)
-      scales[band] = load_scales(call.scales, chunk / chunks_of_group, tile * kTile + band * kBand);
-    transpose_chunk<Cut>(packed + chunk * Cut::kPacked, transposed);
-    multiply<Cut>(transposed, decoded, scales, x + chunk * rows * Cut::kRow, rows, sums);
+  Chunks<Cut> chunks(qweight + begin * count * Cut::kPacked, qweight + end * count * Cut::kPacked);
+  for (int64_t tile = begin; tile < end; ++tile) {
+    std::fill_n(sums, rows * kTile, 0.0f);
+    for (int64_t chunk = 0; chunk < count; ++chunk) {
+      Floats of_bands[kBands];
+      for (int band = 0; band < kBands; ++band)
+        of_bands[band] = load_scales(scales, chunk / chunks_of_group, tile * kTile + band * kBand);
+      prefetch_scales(scales, chunk / chunks_of_group, (tile + 1) * kTile);
+      multiply<Cut>({chunks.words(), &chunks}, decoded, of_bands, x + chunk * rows * Cut::kRow,
+                    rows, sums);
+      chunks.turn();
+    }
+    finish(tile);
   }
 }
 
@@ -299,10 +361,10 @@ void run_rows(const Call<T>& call, const T* x, int64_t rows, uint32_t* arranged,
   });
   parallel_for(0, p.n_tiles, 1, [&](int64_t begin, int64_t end) {
     Scratch sums(rows * kTile);
-    for (int64_t tile = begin; tile < end; ++tile) {
-      multiply_row<Cut>(call, tile, arranged, rows, sums.floats());
-      finish(sums.floats(), rows, tile * kTile, p.n, call.bias, out);
-    }
+    multiply_rows<Cut>(p, call.qweight, call.scales, begin, end, arranged, rows, sums.floats(),
+                       [&](int64_t tile) {
+                         finish(sums.floats(), rows, tile * kTile, p.n, call.bias, out);
+                       });
   });
 }
 
