@@ -31,7 +31,7 @@ constexpr int kGids = 8;
 constexpr int kSteps = kTile / 2;          // of a tile: pairs of neighbouring columns
 constexpr int kStepsAtOnce = 8;            // the part of them that is unrolled
 constexpr int kBlockRows = 6;              // rows of x, times four bands: 24 registers of sums
-constexpr int64_t kRowsAtOnce = 128;       // rows of x for which weights are decoded once
+constexpr int64_t kRowsAtOnce = 256;       // rows of x for which weights are decoded once
 constexpr int kVectorsOfTile = kSteps * kBands;
 
 inline bool supported() {
@@ -177,13 +177,14 @@ struct Packed {
     chunks->prepare((tile * kSteps + first) / kStepsAtOnce);
   }
 
-  GRACE_SIMD_INLINE Words operator()(int tile, int band, int step) const {
+  GRACE_SIMD_INLINE Words operator()(int tile, int band, int first, int i) const {
     constexpr int kFields = 8 / Cut::kBits;  // pairs of a row, in a word
     const uint32_t* const of_band = words + tile * Layout<Cut::kBits>::kTileWords +
-                                    band * Layout<Cut::kBits>::kBandWords;
-    const auto* const eight = reinterpret_cast<const __m256i*>(of_band + step / kFields * kGids);
+                                    band * Layout<Cut::kBits>::kBandWords +
+                                    first / kFields * kGids;
+    const auto* const eight = reinterpret_cast<const __m256i*>(of_band + i / kFields * kGids);
     const Words both = _mm512_broadcast_i64x4(_mm256_load_si256(eight));
-    const int low = step % kFields * 8, high = low + Cut::kBits;
+    const int low = i % kFields * 8, high = low + Cut::kBits;
     const Words shifts = _mm512_inserti64x4(_mm512_set1_epi32(low), _mm256_set1_epi32(high), 1);
     const Words fields = _mm512_srlv_epi32(both, shifts);
     return Cut::kBits == 4 ? look_up(fields) : convert_bytes(fields);
@@ -209,8 +210,9 @@ struct Decoded {
       __builtin_prefetch(next_sums + (part * kLines + i) * kLanes);
   }
 
-  GRACE_SIMD_INLINE Words operator()(int tile, int band, int step) const {
-    return _mm512_load_si512(vectors + ((tile * kSteps + step) * kBands + band) * kLanes);
+  GRACE_SIMD_INLINE Words operator()(int tile, int band, int first, int i) const {
+    const uint32_t* const of_steps = vectors + (tile * kSteps + first) * kBands * kLanes;
+    return _mm512_load_si512(of_steps + (i * kBands + band) * kLanes);
   }
 };
 
@@ -223,7 +225,7 @@ GRACE_SIMD void decode(const Packed<Cut>& packed, uint32_t* vectors) {
       for (int i = 0; i < kStepsAtOnce; ++i) {
 #pragma GCC unroll 4
         for (int band = 0; band < kBands; ++band, vectors += kLanes)
-          _mm512_store_si512(vectors, packed(tile, band, first + i));
+          _mm512_store_si512(vectors, packed(tile, band, first, i));
       }
     }
   }
@@ -254,7 +256,7 @@ GRACE_SIMD void add(const Weights& weights, const Floats* scales, const uint32_t
         const uint32_t* const pairs = x_of_tile + first + Packed<Cut>::column(i);
 #pragma GCC unroll 4
         for (int band = 0; band < kBands; ++band) {
-          const Words of_band = weights(tile, band, first + i);
+          const Words of_band = weights(tile, band, first, i);
 #pragma GCC unroll 3
           for (int part = 0; part < Cut::kParts; ++part)
 #pragma GCC unroll 6
