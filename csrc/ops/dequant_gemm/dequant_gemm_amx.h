@@ -1,7 +1,7 @@
 // dequant_gemm on a CPU with AMX: compiled in every x86-64 Linux build, chosen at run time.
 //
-// Products are exact (dequant_gemm_bf16.h). Tile registers sum a chunk of K in fp32; its scales come
-// in where it is added to the sum of the output.
+// Products are exact (dequant_gemm_bf16.h). Tile registers sum a chunk of K in fp32; its scales
+// come in where it is added to the sum of the output.
 //
 // Weights are operand A, a band of 16 rows at a time; rows of x are the columns of operand B. A
 // step is 32 columns of K, one instruction: those whose codes a vector of words shows after a
@@ -25,7 +25,7 @@ namespace grace::dequant_gemm::amx {
 using namespace in_bf16;
 
 static_assert(kLanes == 16);  // also rows and columns of a register
-constexpr int kPairs = 16;  // of neighbouring columns of K, in a step
+constexpr int kPairs = 16;    // of neighbouring columns of K, in a step
 constexpr int kStepsOfTile = 2;
 constexpr int kOperand = kBand * kPairs;  // words of a register of weights
 constexpr int64_t kRowsAtOnce = 128;      // rows of x for which weights are decoded once
@@ -121,27 +121,6 @@ GRACE_SIMD void arrange(const typename Cut::T* x, int64_t rows, int64_t columns,
 
 // --- weights as operand A -----------------------------------------------------------------------
 
-// The codes of one row that a step has, as bf16: `field` says which of those in the words.
-template <int kBits>
-GRACE_SIMD_INLINE Words codes_of(Words words, int field) {
-  if constexpr (kBits == 4) {
-    // 7 to -8, looked up 32 at once. The look-up takes five bits: both halves of the table are the
-    // same.
-    const Words codes = _mm512_set_epi16(
-        0x40e0, 0x40c0, 0x40a0, 0x4080, 0x4040, 0x4000, 0x3f80, 0, -0x4080, -0x4000, -0x3fc0,
-        -0x3f80, -0x3f60, -0x3f40, -0x3f20, -0x3f00, 0x40e0, 0x40c0, 0x40a0, 0x4080, 0x4040, 0x4000,
-        0x3f80, 0, -0x4080, -0x4000, -0x3fc0, -0x3f80, -0x3f60, -0x3f40, -0x3f20, -0x3f00);
-    return _mm512_permutexvar_epi16(_mm512_srli_epi32(words, 4 * field), codes);
-  } else {
-    // Small integers in fp32 end in zeros: their top halves are the same in bf16.
-    const Words signed_codes = _mm512_xor_si512(words, _mm512_set1_epi32(0x80808080));
-    const Words even = _mm512_srai_epi32(_mm512_slli_epi32(signed_codes, 24 - 8 * field), 24);
-    const Words odd = _mm512_srai_epi32(_mm512_slli_epi32(signed_codes, 8 - 8 * field), 24);
-    return _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(_mm512_cvtepi32_ps(even)), 16),
-                           _mm512_castps_si512(_mm512_cvtepi32_ps(odd)));
-  }
-}
-
 using Decoded = uint32_t[kStepsOfTile][kBands * kOperand];  // a tile: operands of four bands
 
 // One band of a tile, to where it stands in the first step.
@@ -156,7 +135,8 @@ GRACE_SIMD_INLINE void decode_band(const uint32_t* words, uint32_t* operands) {
       for (int field = 0; field < 16 / kBits; ++field) {
         const int step = kBits == 4 ? field / 2 : strip, row = gid + field % 2 * 8;
         uint32_t* const operand = operands + step * kBands * kOperand;
-        _mm512_store_si512(operand + row * kPairs, codes_of<kBits>(stored, field));
+        _mm512_store_si512(operand + row * kPairs,
+                           codes_of<kBits>(_mm512_srli_epi32(stored, kBits * field)));
       }
     }
   }

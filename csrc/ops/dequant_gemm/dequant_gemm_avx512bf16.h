@@ -12,11 +12,9 @@
 //   ...                     ->    ...                           ->    shifted to   shifted to
 //   gid 7: words 0 .. 15          word 15: gid 0 .. 7                 row gid,     row gid + 8
 //
-// and a look-up, so that nothing is turned round at the end: 16 lanes are 16 neighbours in memory of
-// the scales, the bias and the output.
+// and a look-up, so that nothing is turned round at the end: 16 lanes are 16 neighbours in memory
+// of the scales, the bias and the output.
 #pragma once
-
-#include <cpuid.h>
 
 #include "ops/dequant_gemm/dequant_gemm_bf16.h"
 
@@ -28,17 +26,14 @@ namespace grace::dequant_gemm::avx512bf16 {
 using namespace in_bf16;
 
 constexpr int kGids = 8;
-constexpr int kSteps = kTile / 2;          // of a tile: pairs of neighbouring columns
-constexpr int kStepsAtOnce = 8;            // the part of them that is unrolled
-constexpr int kBlockRows = 6;              // rows of x, times four bands: 24 registers of sums
-constexpr int64_t kRowsAtOnce = 256;       // rows of x for which weights are decoded once
+constexpr int kSteps = kTile / 2;     // of a tile: pairs of neighbouring columns
+constexpr int kStepsAtOnce = 8;       // the part of them that is unrolled
+constexpr int kBlockRows = 6;         // rows of x, times four bands: 24 registers of sums
+constexpr int64_t kRowsAtOnce = 256;  // rows of x for which weights are decoded once
 constexpr int kVectorsOfTile = kSteps * kBands;
 
 inline bool supported() {
-  constexpr unsigned kBf16 = 1u << 5;
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  return __builtin_cpu_supports("avx512bw") && __get_cpuid_count(7, 1, &a, &b, &c, &d) &&
-         (a & kBf16);
+  return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512bf16");
 }
 
 // How a call is cut, all that a kernel is compiled for: columns go by chunks of kTiles.
@@ -47,9 +42,9 @@ struct Cut {
   using T = T_;
   static constexpr int kBits = kBits_, kTiles = kTiles_;
   static constexpr int kParts = kPartsOf<T>;
-  static constexpr int kRow = kTiles * kParts * kSteps;                  // words of a row of x
-  static constexpr int kPacked = kTiles * Layout<kBits>::kTileWords;     // words of the weight
-  static constexpr int kDecoded = kTiles * kVectorsOfTile * kLanes;      // the same as bf16
+  static constexpr int kRow = kTiles * kParts * kSteps;               // words of a row of x
+  static constexpr int kPacked = kTiles * Layout<kBits>::kTileWords;  // words of the weight
+  static constexpr int kDecoded = kTiles * kVectorsOfTile * kLanes;   // the same as bf16
 };
 
 // --- x ------------------------------------------------------------------------------------------
@@ -97,27 +92,6 @@ GRACE_SIMD_INLINE void transpose(const uint32_t* from, uint32_t* to) {
     _mm512_store_si512(words, _mm512_permutex2var_epi64(fours[i], first, fours[i + 4]));
     _mm512_store_si512(words + kLanes, _mm512_permutex2var_epi64(fours[i], second, fours[i + 4]));
   }
-}
-
-// 7 to -8, looked up 32 at once. The look-up takes five bits: both halves of the table are the same.
-GRACE_SIMD_INLINE Words look_up(Words nibbles) {
-  const Words codes = _mm512_set_epi16(
-      0x40e0, 0x40c0, 0x40a0, 0x4080, 0x4040, 0x4000, 0x3f80, 0, -0x4080, -0x4000, -0x3fc0,
-      -0x3f80, -0x3f60, -0x3f40, -0x3f20, -0x3f00, 0x40e0, 0x40c0, 0x40a0, 0x4080, 0x4040, 0x4000,
-      0x3f80, 0, -0x4080, -0x4000, -0x3fc0, -0x3f80, -0x3f60, -0x3f40, -0x3f20, -0x3f00);
-  return _mm512_permutexvar_epi16(nibbles, codes);
-}
-
-// Bytes 0 and 2 of every word, less 128, as bf16: small integers in fp32 end in zeros.
-GRACE_SIMD_INLINE Words convert_bytes(Words words) {
-  const Words byte = _mm512_set1_epi32(255), magic = _mm512_set1_epi32(0x4b000000);  // 2^23
-  const Floats offset = _mm512_set1_ps(0x1p23f + 128);
-  const auto code = [&](Words bytes) GRACE_SIMD {
-    const Words sum = _mm512_ternarylogic_epi32(bytes, byte, magic, 0xea);  // a & b | c
-    return _mm512_castps_si512(_mm512_sub_ps(_mm512_castsi512_ps(sum), offset));
-  };
-  const Words low = code(words), high = code(_mm512_srli_epi32(words, 16));
-  return _mm512_or_si512(_mm512_srli_epi32(low, 16), high);
 }
 
 // The chunks of one thread, in the order in which they lie. While one is used, the next is
@@ -172,7 +146,7 @@ struct Packed {
     return Cut::kBits == 4 ? step / 8 * 8 + step % 2 * 4 + step % 8 / 2 : step;
   }
 
-  // Called once for every few steps.
+  // Called once for every kStepsAtOnce steps.
   GRACE_SIMD_INLINE void meanwhile(int tile, int first) const {
     chunks->prepare((tile * kSteps + first) / kStepsAtOnce);
   }
@@ -180,14 +154,13 @@ struct Packed {
   GRACE_SIMD_INLINE Words operator()(int tile, int band, int first, int i) const {
     constexpr int kFields = 8 / Cut::kBits;  // pairs of a row, in a word
     const uint32_t* const of_band = words + tile * Layout<Cut::kBits>::kTileWords +
-                                    band * Layout<Cut::kBits>::kBandWords +
-                                    first / kFields * kGids;
+                                    band * Layout<Cut::kBits>::kBandWords + first / kFields * kGids;
     const auto* const eight = reinterpret_cast<const __m256i*>(of_band + i / kFields * kGids);
     const Words both = _mm512_broadcast_i64x4(_mm256_load_si256(eight));
     const int low = i % kFields * 8, high = low + Cut::kBits;
     const Words shifts = _mm512_inserti64x4(_mm512_set1_epi32(low), _mm256_set1_epi32(high), 1);
     const Words fields = _mm512_srlv_epi32(both, shifts);
-    return Cut::kBits == 4 ? look_up(fields) : convert_bytes(fields);
+    return codes_of<Cut::kBits>(fields);
   }
 };
 
@@ -195,20 +168,8 @@ struct Packed {
 template <typename Cut>
 struct Decoded {
   const uint32_t* vectors;
-  const uint32_t* next_x;  // of the next rows: fetched into the L1 cache
-  const float* next_sums;
 
-  GRACE_SIMD_INLINE void meanwhile(int tile, int first) const {
-    constexpr int kLinesOfX = kBlockRows * Cut::kRow / kLanes * kStepsAtOnce / (Cut::kTiles * kSteps);
-    constexpr int kLines = kBlockRows * kTile / kLanes * kStepsAtOnce / (Cut::kTiles * kSteps);
-    const int part = (tile * kSteps + first) / kStepsAtOnce;
-#pragma GCC unroll 9
-    for (int i = 0; i < kLinesOfX; ++i)
-      __builtin_prefetch(next_x + (part * kLinesOfX + i) * kLanes);
-#pragma GCC unroll 6
-    for (int i = 0; i < kLines; ++i)
-      __builtin_prefetch(next_sums + (part * kLines + i) * kLanes);
-  }
+  GRACE_SIMD_INLINE void meanwhile(int, int) const {}
 
   GRACE_SIMD_INLINE Words operator()(int tile, int band, int first, int i) const {
     const uint32_t* const of_steps = vectors + (tile * kSteps + first) * kBands * kLanes;
@@ -295,20 +256,11 @@ GRACE_SIMD void multiply(const Packed<Cut>& packed, uint32_t* decoded, const Flo
   const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
   for (int64_t i = 0; i < blocks; ++i) {
     const int64_t m = rows * i / blocks, count = rows * (i + 1) / blocks - m;
-    const Decoded<Cut> weights{decoded, x + (m + count) * Cut::kRow, sums + (m + count) * kTile};
-    kAdds<Cut, Decoded<Cut>>[count - 1](weights, scales, x + m * Cut::kRow, sums + m * kTile);
+    kAdds<Cut, Decoded<Cut>>[count - 1]({decoded}, scales, x + m* Cut::kRow, sums + m* kTile);
   }
 }
 
 // --- rows of tiles ------------------------------------------------------------------------------
-
-// The scales of a tile lie far from those of other groups: nothing else would fetch them in time.
-inline void prefetch_scales(const Scales& scales, int64_t group, int64_t row) {
-  const int64_t bytes = scales.is_float ? 4 : 2;
-  const auto* const first =
-      static_cast<const char*>(scales.data) + (group * scales.stride + row) * bytes;
-  for (int64_t line = 0; line < kTile * bytes; line += 64) __builtin_prefetch(first + line);
-}
 
 // Rows of tiles [begin, end) times all rows of x; `finish(tile)` is called once sums[rows][64] of
 // a row of tiles are there.
@@ -363,10 +315,9 @@ void run_rows(const Call<T>& call, const T* x, int64_t rows, uint32_t* arranged,
   });
   parallel_for(0, p.n_tiles, 1, [&](int64_t begin, int64_t end) {
     Scratch sums(rows * kTile);
-    multiply_rows<Cut>(p, call.qweight, call.scales, begin, end, arranged, rows, sums.floats(),
-                       [&](int64_t tile) {
-                         finish(sums.floats(), rows, tile * kTile, p.n, call.bias, out);
-                       });
+    multiply_rows<Cut>(
+        p, call.qweight, call.scales, begin, end, arranged, rows, sums.floats(),
+        [&](int64_t tile) { finish(sums.floats(), rows, tile * kTile, p.n, call.bias, out); });
   });
 }
 

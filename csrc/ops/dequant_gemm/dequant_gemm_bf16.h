@@ -1,6 +1,7 @@
 // What the kernels of dequant_gemm that multiply in bf16 share: dequant_gemm_amx.h and
-// dequant_gemm_avx512bf16.h. Codes are integers, which bf16 holds exactly, and every x is the sum of
-// one, two or three bf16 (of bf16, fp16, fp32), so that no product is rounded whatever the dtype.
+// dequant_gemm_avx512bf16.h. Codes are integers, which bf16 holds exactly, and every x is the sum
+// of one, two or three bf16 (of bf16, fp16, fp32), so that no product is rounded whatever the
+// dtype.
 #pragma once
 
 #include <immintrin.h>
@@ -10,7 +11,8 @@
 
 #include "ops/dequant_gemm/dequant_gemm_cpu.h"
 
-#define GRACE_SIMD_INLINE inline __attribute__((target("avx512f,avx512bw"), always_inline))
+#define GRACE_SIMD __attribute__((target("avx512f,avx512bw")))
+#define GRACE_SIMD_INLINE GRACE_SIMD inline __attribute__((always_inline))
 
 namespace grace::dequant_gemm::in_bf16 {
 
@@ -52,7 +54,7 @@ inline Scratch& kept_scratch() {
 // Of every x, as a sum of bf16 without rounding.
 template <typename T>
 constexpr int kPartsOf = std::is_same_v<T, bf16>   ? 1
-                       : std::is_same_v<T, fp16> ? 2
+                         : std::is_same_v<T, fp16> ? 2
                                                    : 3;
 
 // 32 neighbours of a row of x, in fp32.
@@ -99,6 +101,36 @@ GRACE_SIMD_INLINE Words top_halves(const Neighbours& x) {
                                    _mm512_castps_si512(x.high));
 }
 
+// --- codes of weights ---------------------------------------------------------------------------
+
+// 7 to -8, looked up 32 at once. The look-up takes five bits: both halves of the table are the
+// same.
+GRACE_SIMD_INLINE Words look_up(Words nibbles) {
+  const Words codes = _mm512_set_epi16(
+      0x40e0, 0x40c0, 0x40a0, 0x4080, 0x4040, 0x4000, 0x3f80, 0, -0x4080, -0x4000, -0x3fc0, -0x3f80,
+      -0x3f60, -0x3f40, -0x3f20, -0x3f00, 0x40e0, 0x40c0, 0x40a0, 0x4080, 0x4040, 0x4000, 0x3f80, 0,
+      -0x4080, -0x4000, -0x3fc0, -0x3f80, -0x3f60, -0x3f40, -0x3f20, -0x3f00);
+  return _mm512_permutexvar_epi16(nibbles, codes);
+}
+
+// Bytes 0 and 2 of every word, less 128, as bf16: small integers in fp32 end in zeros.
+GRACE_SIMD_INLINE Words convert_bytes(Words words) {
+  const Words byte = _mm512_set1_epi32(255), magic = _mm512_set1_epi32(0x4b000000);  // 2^23
+  const Floats offset = _mm512_set1_ps(0x1p23f + 128);
+  const auto code = [&](Words bytes) GRACE_SIMD {
+    const Words sum = _mm512_ternarylogic_epi32(bytes, byte, magic, 0xea);  // a & b | c
+    return _mm512_castps_si512(_mm512_sub_ps(_mm512_castsi512_ps(sum), offset));
+  };
+  const Words low = code(words), high = code(_mm512_srli_epi32(words, 16));
+  return _mm512_or_si512(_mm512_srli_epi32(low, 16), high);
+}
+
+// The codes in the low bits of every half of a word, whatever is above them.
+template <int kBits>
+GRACE_SIMD_INLINE Words codes_of(Words halves) {
+  return kBits == 4 ? look_up(halves) : convert_bytes(halves);
+}
+
 // --- scales and results --------------------------------------------------------------------------
 
 // Scales of a band, in fp32.
@@ -108,6 +140,14 @@ GRACE_SIMD_INLINE Floats load_scales(const Scales& scales, int64_t group, int64_
   constexpr __mmask32 kSixteen = 0xffff;
   if (scales.is_bf16) return widen(static_cast<const bf16*>(scales.data) + i, kSixteen).low;
   return widen(static_cast<const fp16*>(scales.data) + i, kSixteen).low;
+}
+
+// The scales of a tile lie far from those of other groups: nothing else would fetch them in time.
+inline void prefetch_scales(const Scales& scales, int64_t group, int64_t row) {
+  const int64_t bytes = scales.is_float ? 4 : 2;
+  const auto* const first =
+      static_cast<const char*>(scales.data) + (group * scales.stride + row) * bytes;
+  for (int64_t line = 0; line < kTile * bytes; line += 64) __builtin_prefetch(first + line);
 }
 
 GRACE_SIMD_INLINE void store(float* to, __mmask16 there, Floats x) {
@@ -132,3 +172,4 @@ GRACE_SIMD_INLINE void store(bf16* to, __mmask16 there, Floats x) {
 }  // namespace grace::dequant_gemm::in_bf16
 
 #undef GRACE_SIMD_INLINE
+#undef GRACE_SIMD
