@@ -26,10 +26,10 @@ namespace grace::dequant_gemm::avx512bf16 {
 using namespace in_bf16;
 
 constexpr int kGids = 8;
-constexpr int kSteps = kTile / 2;    // of a tile: pairs of neighbouring columns
-constexpr int kStepsAtOnce = 8;      // the part of them that is unrolled
-constexpr int kBlockRows = 6;        // rows of x, times four bands: 24 registers of sums
-constexpr int64_t kRowsAtOnce = 96;  // rows of x for which weights are decoded once
+constexpr int kSteps = kTile / 2;     // of a tile: pairs of neighbouring columns
+constexpr int kStepsAtOnce = 8;       // the part of them that is unrolled
+constexpr int kBlockRows = 6;         // rows of x, times four bands: 24 registers of sums
+constexpr int64_t kRowsAtOnce = 256;  // rows of x for which weights are decoded once
 constexpr int kVectorsOfTile = kSteps * kBands;
 
 inline bool supported() {
@@ -326,11 +326,9 @@ void run_cut(const Call<T>& call) {
   const Problem& p = call.problem;
   Scratch& arranged = kept_scratch();
   arranged.reserve(std::min(p.m, kRowsAtOnce) * (p.k_tiles / Cut::kTiles) * Cut::kRow);
-  const int64_t blocks = (p.m + kRowsAtOnce - 1) / kRowsAtOnce;
-  for (int64_t i = 0; i < blocks; ++i) {
-    const int64_t m = p.m * i / blocks, rows = p.m * (i + 1) / blocks - m;
-    run_rows<Cut>(call, call.x + m * p.k, rows, arranged.words(), call.out + m * p.n);
-  }
+  for (int64_t m = 0; m < p.m; m += kRowsAtOnce)
+    run_rows<Cut>(call, call.x + m * p.k, std::min(p.m - m, kRowsAtOnce), arranged.words(),
+                  call.out + m * p.n);
 }
 
 template <int kBits, typename T>
