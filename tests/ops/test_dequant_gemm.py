@@ -39,11 +39,13 @@ def runs(capability: str) -> bool:
     """Whether this CPU has it, by PyTorch's account."""
     if capability == "amx":
         return torch.cpu._is_amx_tile_supported()
+    if capability == "avx512bf16":
+        return torch.cpu._is_avx512_bf16_supported()
     known = torch.backends.cpu.get_cpu_capability()  # AVX512, AVX2, …
     return {"avx512": "AVX512", "avx2": "AVX"}[capability] in known
 
 
-CAPABILITIES = ("amx", "avx512", "avx2", "default")
+CAPABILITIES = ("amx", "avx512bf16", "avx512", "avx2", "default")
 
 
 @pytest.fixture(
@@ -203,9 +205,9 @@ def test_a_row_on_a_cpu_does_not_depend_on_their_number(path: Path, bits, group_
     if path.kernels.cuda_kernels:
         pytest.skip("holds within one CUDA kernel")
     for dtype in path.dtypes:
-        x, *rest = make_case(130, n=72, k=320, bits=bits, group_size=group_size, dtype=dtype)
+        x, *rest = make_case(260, n=72, k=320, bits=bits, group_size=group_size, dtype=dtype)
         expected = path(x, *rest)
-        for rows in (1, 2, 3, 4, 5, 8, 9, 13, 64, 65, 129):
+        for rows in (1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 64, 65, 129, 257):
             assert torch.equal(path(x[:rows], *rest), expected[:rows])
 
 
@@ -288,7 +290,9 @@ def test_compiles_once_for_all_batch_sizes():
 
 def test_capability_is_checked(monkeypatch):
     monkeypatch.setenv("GRACE_CPU_CAPABILITY", "avx3")
-    with pytest.raises(RuntimeError, match=r"must be default, avx2, avx512 or amx, got avx3"):
+    with pytest.raises(
+        RuntimeError, match=r"must be default, avx2, avx512, avx512bf16 or amx, got avx3"
+    ):
         through_op(make_case())
 
 

@@ -14,6 +14,7 @@
 #endif
 #include "ops/dequant_gemm/dequant_gemm_avx2.h"
 #include "ops/dequant_gemm/dequant_gemm_avx512.h"
+#include "ops/dequant_gemm/dequant_gemm_avx512bf16.h"
 #if defined(__linux__)
 #define GRACE_AMX
 #include "ops/dequant_gemm/dequant_gemm_amx.h"
@@ -94,16 +95,18 @@ void run_portable(const Call<T>& call) {
 
 // --- choice -------------------------------------------------------------------------------------
 
-enum class Capability { kPortable, kAvx2, kAvx512, kAmx };
+enum class Capability { kPortable, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 
 // The most that GRACE_CPU_CAPABILITY allows, as ATEN_CPU_CAPABILITY does in PyTorch.
 Capability allowed() {
   const char* const asked = std::getenv("GRACE_CPU_CAPABILITY");
   if (asked == nullptr || std::string_view(asked) == "amx") return Capability::kAmx;
+  if (std::string_view(asked) == "avx512bf16") return Capability::kAvx512Bf16;
   if (std::string_view(asked) == "avx512") return Capability::kAvx512;
   if (std::string_view(asked) == "avx2") return Capability::kAvx2;
   STD_TORCH_CHECK(std::string_view(asked) == "default",
-                  "GRACE_CPU_CAPABILITY must be default, avx2, avx512 or amx, got ", asked);
+                  "GRACE_CPU_CAPABILITY must be default, avx2, avx512, avx512bf16 or amx, got ",
+                  asked);
   return Capability::kPortable;
 }
 
@@ -113,10 +116,13 @@ struct Run {
     const Capability capability = allowed();
 #if defined(GRACE_AMX)
     static const bool has_amx = amx::supported();
-    if (has_amx && capability >= Capability::kAmx && amx::takes(call.problem))
+    if (has_amx && capability >= Capability::kAmx && in_bf16::takes(call.problem))
       return amx::run<kBits>(call);
 #endif
 #if defined(__x86_64__)
+    static const bool has_bf16 = avx512bf16::supported();
+    if (has_bf16 && capability >= Capability::kAvx512Bf16 && in_bf16::takes(call.problem))
+      return avx512bf16::run<kBits>(call);
     static const bool has_avx512 = avx512::supported(), has_avx2 = avx2::supported();
     if (call.problem.whole_blocks()) {
       if (has_avx512 && capability >= Capability::kAvx512) return avx512::run<kBits>(call);

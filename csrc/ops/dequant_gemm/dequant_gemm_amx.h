@@ -1,8 +1,7 @@
 // dequant_gemm on a CPU with AMX: compiled in every x86-64 Linux build, chosen at run time.
 //
-// Codes are integers, which bf16 holds exactly, and every x is the sum of one, two or three bf16
-// (of bf16, fp16, fp32), so that no product is rounded whatever the dtype. Tile registers sum a
-// chunk of K in fp32; its scales come in where it is added to the sum of the output.
+// Products are exact (dequant_gemm_bf16.h). Tile registers sum a chunk of K in fp32; its scales
+// come in where it is added to the sum of the output.
 //
 // Weights are operand A, a band of 16 rows at a time; rows of x are the columns of operand B. A
 // step is 32 columns of K, one instruction: those whose codes a vector of words shows after a
@@ -15,22 +14,19 @@
 #include <unistd.h>
 
 #include <bit>
-#include <cmath>
-#include <memory>
 
-#include "ops/dequant_gemm/dequant_gemm_cpu.h"
+#include "ops/dequant_gemm/dequant_gemm_bf16.h"
 
 #define GRACE_SIMD __attribute__((target("avx512f,avx512bw,amx-tile,amx-bf16")))
 #define GRACE_SIMD_INLINE GRACE_SIMD inline __attribute__((always_inline))
 
 namespace grace::dequant_gemm::amx {
 
-using Floats = __m512;
-using Words = __m512i;
-constexpr int kLanes = 16;  // words of a vector; rows and columns of a register
-constexpr int kPairs = 16;  // of neighbouring columns of K, in a step
+using namespace in_bf16;
+
+static_assert(kLanes == 16);  // also rows and columns of a register
+constexpr int kPairs = 16;    // of neighbouring columns of K, in a step
 constexpr int kStepsOfTile = 2;
-constexpr int kBands = kTile / kBand;     // of a tile
 constexpr int kOperand = kBand * kPairs;  // words of a register of weights
 constexpr int64_t kRowsAtOnce = 128;      // rows of x for which weights are decoded once
 
@@ -41,34 +37,6 @@ inline bool supported() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   return __builtin_cpu_supports("avx512bw") && __get_cpuid_count(7, 0, &a, &b, &c, &d) &&
          (d & kBf16) && (d & kTiles) && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-}
-
-// A step then has one scale a row.
-inline bool takes(const Problem& p) { return p.group_size % kTile == 0; }
-
-// Vectors in memory, not cleared.
-class Scratch {
- public:
-  explicit Scratch(int64_t words = 0) { reserve(words); }
-  void reserve(int64_t words) {
-    const int64_t lines = (words + kLanes - 1) / kLanes;
-    if (lines > size_) lines_.reset(new Line[lines]), size_ = lines;
-  }
-  uint32_t* words() { return lines_[0].words; }
-  float* floats() { return reinterpret_cast<float*>(words()); }
-
- private:
-  struct alignas(64) Line {
-    uint32_t words[kLanes];
-  };
-  std::unique_ptr<Line[]> lines_;
-  int64_t size_ = 0;
-};
-
-// Where x is as the kernel takes it. Kept: it is megabytes, whose pages would be new at each call.
-inline Scratch& kept_scratch() {
-  static thread_local Scratch scratch;
-  return scratch;
 }
 
 // Columns for rows, of 16 x 16 words.
@@ -101,18 +69,13 @@ GRACE_SIMD_INLINE void transpose(Words* rows) {
 
 // --- x as operand B -----------------------------------------------------------------------------
 
-template <typename T>
-constexpr int kParts = std::is_same_v<T, bf16>   ? 1
-                       : std::is_same_v<T, fp16> ? 2
-                                                 : 3;
-
 // How a call is cut, all that a kernel is compiled for. Rows of x go by slabs of kWidth, columns by
 // chunks of kTiles. A chunk of a slab is operands, in words [kSteps][kParts][kPairs][kWidth].
 template <int kBits_, typename T_, int kWidth_, int kTiles_>
 struct Cut {
   using T = T_;
   static constexpr int kBits = kBits_, kWidth = kWidth_, kTiles = kTiles_;
-  static constexpr int kParts = amx::kParts<T>;
+  static constexpr int kParts = kPartsOf<T>;
   static constexpr int kSteps = kTiles * kStepsOfTile;
   static constexpr int kChunk = kSteps * kParts * kPairs * kWidth;  // words, of a slab
   static constexpr int kSums = kTile * kWidth;                      // of a slab
@@ -124,50 +87,6 @@ constexpr int place_of(int pair) {
   const int block = pair / 8, c8 = pair / 4 % 2, tig = pair % 4;
   if (kBits == 4) return c8 * kPairs + tig * 4 + block;
   return block / 2 * kPairs + tig * 4 + block % 2 * 2 + c8;
-}
-
-// 32 neighbours of a row of x, in fp32.
-struct Neighbours {
-  Floats low, high;
-};
-
-GRACE_SIMD_INLINE Neighbours widen(const float* x, __mmask32 there) {
-  return {_mm512_maskz_loadu_ps(static_cast<__mmask16>(there), x),
-          _mm512_maskz_loadu_ps(static_cast<__mmask16>(there >> kLanes), x + kLanes)};
-}
-
-GRACE_SIMD_INLINE Neighbours widen(const fp16* x, __mmask32 there) {
-  const Words halves = _mm512_maskz_loadu_epi16(there, x);
-  return {_mm512_cvtph_ps(_mm512_castsi512_si256(halves)),
-          _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1))};
-}
-
-GRACE_SIMD_INLINE Neighbours widen(const bf16* x, __mmask32 there) {
-  const Words halves = _mm512_maskz_loadu_epi16(there, x);
-  const Words low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(halves));
-  const Words high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(halves, 1));
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(low, 16)),
-          _mm512_castsi512_ps(_mm512_slli_epi32(high, 16))};
-}
-
-// What cutting to bf16 leaves over: nothing of NaN and infinity.
-GRACE_SIMD_INLINE Floats left_over(Floats x) {
-  const Words mask = _mm512_set1_epi32(static_cast<int>(0xffff0000));
-  const Floats top = _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(x), mask));
-  const Floats infinity = _mm512_set1_ps(INFINITY);
-  const auto finite = _mm512_cmp_ps_mask(_mm512_abs_ps(x), infinity, _CMP_LT_OQ);
-  return _mm512_maskz_sub_ps(finite, x, top);
-}
-
-// The top halves of 32 floats, in order.
-GRACE_SIMD_INLINE Words top_halves(const Neighbours& x) {
-  alignas(64) static constexpr std::array<uint16_t, 2 * kLanes> kTops = [] {
-    std::array<uint16_t, 2 * kLanes> tops{};
-    for (int i = 0; i < 2 * kLanes; ++i) tops[i] = static_cast<uint16_t>(2 * i + 1);
-    return tops;
-  }();
-  return _mm512_permutex2var_epi16(_mm512_castps_si512(x.low), _mm512_load_si512(kTops.data()),
-                                   _mm512_castps_si512(x.high));
 }
 
 // A chunk of one slab: rows of x become columns of every step's operand.
@@ -202,27 +121,6 @@ GRACE_SIMD void arrange(const typename Cut::T* x, int64_t rows, int64_t columns,
 
 // --- weights as operand A -----------------------------------------------------------------------
 
-// The codes of one row that a step has, as bf16: `field` says which of those in the words.
-template <int kBits>
-GRACE_SIMD_INLINE Words codes_of(Words words, int field) {
-  if constexpr (kBits == 4) {
-    // 7 to -8, looked up 32 at once. The look-up takes five bits: both halves of the table are the
-    // same.
-    const Words codes = _mm512_set_epi16(
-        0x40e0, 0x40c0, 0x40a0, 0x4080, 0x4040, 0x4000, 0x3f80, 0, -0x4080, -0x4000, -0x3fc0,
-        -0x3f80, -0x3f60, -0x3f40, -0x3f20, -0x3f00, 0x40e0, 0x40c0, 0x40a0, 0x4080, 0x4040, 0x4000,
-        0x3f80, 0, -0x4080, -0x4000, -0x3fc0, -0x3f80, -0x3f60, -0x3f40, -0x3f20, -0x3f00);
-    return _mm512_permutexvar_epi16(_mm512_srli_epi32(words, 4 * field), codes);
-  } else {
-    // Small integers in fp32 end in zeros: their top halves are the same in bf16.
-    const Words signed_codes = _mm512_xor_si512(words, _mm512_set1_epi32(0x80808080));
-    const Words even = _mm512_srai_epi32(_mm512_slli_epi32(signed_codes, 24 - 8 * field), 24);
-    const Words odd = _mm512_srai_epi32(_mm512_slli_epi32(signed_codes, 8 - 8 * field), 24);
-    return _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(_mm512_cvtepi32_ps(even)), 16),
-                           _mm512_castps_si512(_mm512_cvtepi32_ps(odd)));
-  }
-}
-
 using Decoded = uint32_t[kStepsOfTile][kBands * kOperand];  // a tile: operands of four bands
 
 // One band of a tile, to where it stands in the first step.
@@ -237,19 +135,11 @@ GRACE_SIMD_INLINE void decode_band(const uint32_t* words, uint32_t* operands) {
       for (int field = 0; field < 16 / kBits; ++field) {
         const int step = kBits == 4 ? field / 2 : strip, row = gid + field % 2 * 8;
         uint32_t* const operand = operands + step * kBands * kOperand;
-        _mm512_store_si512(operand + row * kPairs, codes_of<kBits>(stored, field));
+        _mm512_store_si512(operand + row * kPairs,
+                           codes_of<kBits>(_mm512_srli_epi32(stored, kBits * field)));
       }
     }
   }
-}
-
-// Scales of a band, in fp32.
-GRACE_SIMD_INLINE Floats load_scales(const Scales& scales, int64_t group, int64_t row) {
-  const int64_t i = group * scales.stride + row;
-  if (scales.is_float) return _mm512_loadu_ps(static_cast<const float*>(scales.data) + i);
-  constexpr __mmask32 kSixteen = 0xffff;
-  if (scales.is_bf16) return widen(static_cast<const bf16*>(scales.data) + i, kSixteen).low;
-  return widen(static_cast<const fp16*>(scales.data) + i, kSixteen).low;
 }
 
 // --- products -----------------------------------------------------------------------------------
@@ -414,25 +304,6 @@ GRACE_SIMD void multiply_rows(const Problem& p, const uint32_t* qweight, const S
 }
 
 // --- results ------------------------------------------------------------------------------------
-
-GRACE_SIMD_INLINE void store(float* to, __mmask16 there, Floats x) {
-  _mm512_mask_storeu_ps(to, there, x);
-}
-
-GRACE_SIMD_INLINE void store(fp16* to, __mmask16 there, Floats x) {
-  const __m256i halves = _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  _mm512_mask_storeu_epi16(to, there, _mm512_castsi256_si512(halves));
-}
-
-// As from_float<bf16>: the instruction for it would lose subnormal numbers.
-GRACE_SIMD_INLINE void store(bf16* to, __mmask16 there, Floats x) {
-  const Words bits = _mm512_castps_si512(x), one = _mm512_set1_epi32(1);
-  const Words odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
-  const Words half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
-  const Words rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
-  const auto nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-  _mm512_mask_cvtepi32_storeu_epi16(to, there, _mm512_mask_set1_epi32(rounded, nan, 0x7fc0));
-}
 
 // out[rows][n]: the sums of a row of tiles, the bias, and the one rounding to T.
 template <int kWidth, typename T>
