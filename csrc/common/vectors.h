@@ -25,22 +25,6 @@ __device__ __forceinline__ void store_vector(T* to, uint4 vector) {
   *reinterpret_cast<uint4*>(to) = vector;
 }
 
-// Two floats rounded to T, the first in the low half.
-template <typename T>
-__device__ __forceinline__ uint32_t pack_pair(float first, float second) {
-#if defined(__CUDA_ARCH__)
-  uint32_t pair;
-  if constexpr (std::is_same_v<T, bf16>) {
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
-  } else {
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
-  }
-  return pair;
-#else
-  return from_float<T>(first).bits | uint32_t{from_float<T>(second).bits} << 16;
-#endif
-}
-
 template <typename T>
 __device__ __forceinline__ void unpack_vector(uint4 vector, float (&to)[kPerVector<T>]) {
   const uint32_t words[4] = {vector.x, vector.y, vector.z, vector.w};
@@ -63,7 +47,7 @@ __device__ __forceinline__ uint4 pack_vector(const float (&from)[kPerVector<T>])
     if constexpr (std::is_same_v<T, float>) {
       words[i] = bits_of(from[i]);
     } else {
-      words[i] = pack_pair<T>(from[2 * i], from[2 * i + 1]);
+      words[i] = pair_from_floats<T>(from[2 * i], from[2 * i + 1]);
     }
   }
   return {words[0], words[1], words[2], words[3]};

@@ -43,22 +43,13 @@ __device__ __forceinline__ void unpack(const Vector<T, N>& from, float (&to)[N])
   }
 }
 
-__device__ __forceinline__ uint32_t round_two(float low, float high) {
-#if defined(__CUDA_ARCH__)
-  uint32_t word;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
-  return word;
-#else
-  return from_float<bf16>(low).bits | uint32_t{from_float<bf16>(high).bits} << 16;
-#endif
-}
-
 template <int N, typename T>
 __device__ __forceinline__ void store(T* to, const float (&from)[N]) {
   if constexpr (std::is_same_v<T, bf16> && N % 2 == 0) {
     Vector<uint32_t, N / 2> words;
 #pragma unroll
-    for (int i = 0; i < N / 2; ++i) words.at[i] = round_two(from[2 * i], from[2 * i + 1]);
+    for (int i = 0; i < N / 2; ++i)
+      words.at[i] = pair_from_floats<bf16>(from[2 * i], from[2 * i + 1]);
     *reinterpret_cast<Vector<uint32_t, N / 2>*>(to) = words;
   } else {
     Vector<T, N> rounded;
