@@ -25,8 +25,7 @@ struct Shape {
   static constexpr int kThreads = kMultipliers + (kTakesRegisters ? kGroupThreads : kWarpSize);
   // Of a multiprocessor. While one multiplies, the other one, perhaps of the next kernel, fills its
   // ring; and where they share the work, the products of one hide behind the weights of the other.
-  static constexpr int kBlocks =
-      (kTokens <= 64 && kGroups == 2) || kTokens * kGroups <= 96 || kGroups == 1 ? 2 : 1;
+  static constexpr int kBlocks = (kTokens <= 64 && kGroups == 2) || kTokens * kGroups <= 96 ? 2 : 1;
   static constexpr int kFragments = kTokens / 8;              // of sums, of a warp
   static constexpr int kAllFragments = kFragments * kGroups;  // of the block's warps of one number
   static constexpr int kSums = std::max(kTokens, 16) / 2;     // of a lane
