@@ -34,6 +34,18 @@ __device__ __forceinline__ void warp_copy_box(uint32_t to, const CUtensorMap& ma
       : "memory");
 }
 
+// The same to all blocks of the cluster that `blocks` has a bit for: there too `to` and `barrier`.
+__device__ __forceinline__ void warp_copy_box_to(uint16_t blocks, uint32_t to,
+                                                 const CUtensorMap& map, int column, int row,
+                                                 uint32_t barrier) {
+  asm volatile(
+      "{\n.reg .pred one;\nelect.sync _|one, 0xffffffff;\n"
+      "@one cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;\n}" ::"r"(to),
+      "l"(&map), "r"(column), "r"(row), "r"(barrier), "h"(blocks)
+      : "memory");
+}
+
 // The same of four dimensions, from the beginning of the first two.
 __device__ __forceinline__ void warp_copy_box_4d(uint32_t to, const CUtensorMap& map, int third,
                                                  int fourth, uint32_t barrier) {
@@ -42,6 +54,18 @@ __device__ __forceinline__ void warp_copy_box_4d(uint32_t to, const CUtensorMap&
       "@one cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
       "[%0], [%1, {%2, %2, %3, %4}], [%5];\n}" ::"r"(to),
       "l"(&map), "r"(0), "r"(third), "r"(fourth), "r"(barrier)
+      : "memory");
+}
+
+// So many bytes, a multiple of 16 between addresses that are ones too, to all blocks of the cluster
+// that `blocks` has a bit for; by a whole warp.
+__device__ __forceinline__ void warp_copy_bytes_to(uint16_t blocks, uint32_t to, const void* from,
+                                                   int bytes, uint32_t barrier) {
+  asm volatile(
+      "{\n.reg .pred one;\nelect.sync _|one, 0xffffffff;\n"
+      "@one cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1], %2, [%3], %4;\n}" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(barrier), "h"(blocks)
       : "memory");
 }
 
@@ -68,6 +92,10 @@ struct Boxes {
 template <int kDimensions>
 CUtensorMap tensor_map(const Boxes<kDimensions>& boxes) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
+  // A thread that has used no CUDA yet, as autograd's, has no context, which the driver asks for.
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), "asking for the device");
+  check_cuda(cudaSetDevice(device), "setting the device");
   static const Encode encode = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found;

@@ -78,6 +78,13 @@ __device__ __forceinline__ void arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+// At a barrier of any block of the cluster, by what address_in returns. It orders only what
+// asynchronous products have read: a release in the whole cluster would wait for all of the warp's
+// writes.
+__device__ __forceinline__ void arrive_at(uint32_t remote) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(remote) : "memory");
+}
+
 __device__ __forceinline__ void wait_for(uint32_t barrier, int parity) {
   asm volatile(
       "{\n"

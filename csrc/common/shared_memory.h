@@ -17,6 +17,9 @@ __device__ __forceinline__ void read_shared(uint32_t from, uint32_t (&v)[4]) {
                : "r"(from)
                : "memory");
 }
+__device__ __forceinline__ void read_shared_pairs(uint32_t from, uint32_t (&v)[2]) {
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v[0]), "=r"(v[1]) : "r"(from) : "memory");
+}
 __device__ __forceinline__ uint32_t read_shared_half(uint32_t from) {
   uint16_t v;
   asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(from) : "memory");

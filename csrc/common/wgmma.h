@@ -110,6 +110,35 @@ GRACE_WGMMAS(256, 15, "%128, %129, %130, %131", "%132")
 #undef GRACE_WGMMAS
 #undef GRACE_WGMMA
 
+// Both operands in shared memory, fp16: a as [64 rows][64 depths] with the swizzle; b as above, or
+// with kTurned as [64 depths][64 columns] for every 64 columns, 8 KiB one after another.
+template <int kN, bool kTurned>
+struct SharedWgmma;
+
+// TURNED: 0 or 1, as the instruction and the template name it.
+#define GRACE_WGMMA(N, TURNED, LAST, A, B)                                                     \
+  template <>                                                                                  \
+  struct SharedWgmma<N, TURNED> {                                                              \
+    static __device__ __forceinline__ void run(float* d, uint32_t a, uint32_t b) {             \
+      asm volatile("{\n.reg .b64 a, b;\nmov.b64 a, {" A ", " GRACE_B_HIGH "};\nmov.b64 b, {" B \
+                   ", " GRACE_B_HIGH "};\nwgmma.mma_async.sync.aligned.m64n" #N                \
+                   "k16.f32.f16.f16 {" GRACE_R##LAST "}, a, b, 1, 1, 1, 0, " #TURNED ";\n}"    \
+                   : GRACE_D##LAST(0)                                                          \
+                   : "r"(a), "r"(b));                                                          \
+    }                                                                                          \
+  };
+GRACE_WGMMA(64, 0, 3, "%32", "%33")
+GRACE_WGMMA(128, 0, 7, "%64", "%65")
+GRACE_WGMMA(192, 0, 11, "%96", "%97")
+GRACE_WGMMA(192, 1, 11, "%96", "%97")
+#undef GRACE_WGMMA
+
+// The low half of a turned operand's descriptor: 8 KiB from 64 columns to the next. Its next 16
+// depths are at + 128.
+__device__ __forceinline__ uint32_t turned_wgmma_operand(uint32_t address) {
+  return 512 << 16 | (address & 0x3ffff) / 16;
+}
+
 // Stores four 8 x 8 matrices of 16-bit elements turned round, each fragment held as mma.h's a: this
 // lane's `to` is where column lane % 8 of matrix lane / 8 goes, 16 bytes.
 __device__ __forceinline__ void store_turned(uint32_t to, const uint32_t (&v)[4]) {

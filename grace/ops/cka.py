@@ -42,7 +42,7 @@ from grace.ops._checks import (
 
 _DEGENERATE = 1e-10  # of a Gram's norm, a row
 
-_OUTPUTS = "Tensor saved, Tensor stats, Tensor student_rows, Tensor teacher_rows"
+_OUTPUTS = "Tensor saved, Tensor stats, Tensor means, Tensor student_rows, Tensor teacher_rows"
 _library.define(
     "cka",
     "(Tensor student, Tensor teacher, Tensor cu_seqlens, int min_tokens)"
@@ -140,9 +140,9 @@ def _pitch(width: int) -> int:
     return (width + 7) // 8 * 8
 
 
-def _keep(rows: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _keep(rows: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One image's rows of length 1, centered, scaled and rounded as they are kept; the inverse of
-    each row's norm (0 for a row of zeros); and ⟨mean, centered row⟩."""
+    each row's norm (0 for a row of zeros); ⟨mean, centered row⟩; and the mean, as wide as kept."""
     rows = rows.to(accumulate_dtype(rows.dtype))
     norm = rows.norm(dim=1)
     inverse = torch.where(norm > 0, 1 / norm, 0.0)
@@ -150,8 +150,8 @@ def _keep(rows: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     mean = unit.mean(0)
     centered = unit - mean
     scaled = (centered * row_scale(rows.shape[1])).to(like.dtype)
-    kept = F.pad(scaled, (0, like.shape[1] - rows.shape[1]))
-    return kept, inverse, centered @ mean
+    padding = (0, like.shape[1] - rows.shape[1])
+    return F.pad(scaled, padding), inverse, centered @ mean, F.pad(mean, padding)
 
 
 def _centered(kept: Tensor, width: int, dtype: torch.dtype) -> Tensor:
@@ -186,7 +186,8 @@ def _outputs(student: Tensor, teacher: Tensor, images: int) -> tuple[Tensor, ...
         for x in (student, teacher)
     )
     stats = student.new_empty((2, tokens), dtype=dtype)
-    return value, value.new_empty((images, SAVED_COLUMNS)), stats, *kept
+    means = student.new_empty((images, _pitch(student.shape[1])), dtype=dtype)
+    return value, value.new_empty((images, SAVED_COLUMNS)), stats, means, *kept
 
 
 @_library.reference("cka")
@@ -196,12 +197,13 @@ def reference(
     """CKA in plain PyTorch, an image at a time, in float32 (or float64) of the rows as kept.
 
     Returns:
-        value [B]; saved [B, 4]; stats [2, T]; the centered rows of student and teacher, times
-        ``row_scale``, in float16 for 16-bit inputs. Rows in no image are 0 here and undefined
+        value [B]; saved [B, 4]; stats [2, T]; means of the student's unit rows [B, ds up to a
+        multiple of 8]; the centered rows of student and teacher, as wide, times ``row_scale``, in
+        float16 for 16-bit inputs. Rows in no image are 0 here and undefined
         where kernels run.
     """
     outputs = _outputs(student, teacher, cu_seqlens.shape[0] - 1)
-    value, saved, stats, *kept = outputs
+    value, saved, stats, means, *kept = outputs
     for output in outputs:
         output.zero_()
     value.fill_(1)
@@ -210,7 +212,7 @@ def reference(
             n = rows.stop - rows.start
             if n == 0:
                 continue
-            kept[0][rows], *own = _keep(student[rows], kept[0])
+            kept[0][rows], *own, means[image] = _keep(student[rows], kept[0])
             kept[1][rows] = _keep(teacher[rows], kept[1])[0]
             stats[:, rows] = torch.stack(own)
             if n < min_tokens:
@@ -233,6 +235,7 @@ def reference_backward(
     cu_seqlens: Tensor,
     saved: Tensor,
     stats: Tensor,
+    means: Tensor,
     student_rows: Tensor,
     teacher_rows: Tensor,
     teacher_width: int,
@@ -266,6 +269,7 @@ def _(
     cu_seqlens: Tensor,
     saved: Tensor,
     stats: Tensor,
+    means: Tensor,
     student_rows: Tensor,
     teacher_rows: Tensor,
     teacher_width: int,
@@ -275,11 +279,15 @@ def _(
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     student, teacher, cu_seqlens, _ = inputs
+    # Of the outputs only the value has a gradient; zeros for the others would be as large as they.
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(student, cu_seqlens, *output[1:])
     ctx.teacher_width = teacher.shape[1]
 
 
-def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return None, None, None, None
     grad_student = torch.ops.grace.cka_backward(
         grad.contiguous(), *ctx.saved_tensors, ctx.teacher_width
     )

@@ -2,6 +2,7 @@
 //
 //   rows.h               norms, means and the centered rows that everything else multiplies
 //   gram.h, direction.h  tensor cores: images with fewer rows than both widths together
+//   warpgroup*.h         the same by wgmma, sm_90a
 //   feature.h            tensor cores: the others
 //   float32.h            CUDA cores, for float32 inputs
 //
@@ -14,6 +15,7 @@
 #include "ops/cka/float32.h"
 #include "ops/cka/gram.h"
 #include "ops/cka/rows.h"
+#include "ops/cka/warpgroup.h"
 
 namespace grace::cka {
 namespace {
@@ -28,11 +30,13 @@ constexpr int kMostRound = 256;
 constexpr int kManyRounds = 16;
 
 // A block an image: the sums of its pairs or of its products, in a fixed order, and CKA.
+template <typename Gram>
 __global__ void __launch_bounds__(kThreads)
-    value_kernel(GramArguments gram, FeatureArguments feature, Values values) {
+    value_kernel(const __grid_constant__ Gram gram,
+                 const __grid_constant__ FeatureArguments feature, Values values) {
   __shared__ float scratch[kWarps];
   wait_for_previous_kernel();
-  const int image = blockIdx.x, tiles = gram.tiles(image);
+  const int image = blockIdx.x;
   float own[3] = {};
   if (feature.is_feature(image)) {
     const float* from = feature.sums + int64_t{feature.slot_of(image)} * feature.tiles();
@@ -43,9 +47,10 @@ __global__ void __launch_bounds__(kThreads)
            i < ends[which]; i += kThreads)
         own[which] += from[i];
   } else {
-    const float* from = gram.sums + int64_t{before(gram, image).pairs} * kSlices * 3;
-    for (int i = threadIdx.x; i < pairs_of(tiles) * kSlices; i += kThreads)
-      for (int which = 0; which < 3; ++which) own[which] += from[i * 3 + which];
+    const Sums sums = sums_of(gram, image);
+#pragma unroll 4
+    for (int i = threadIdx.x; i < sums.count; i += kThreads)
+      for (int which = 0; which < 3; ++which) own[which] += sums.at[i * 3 + which];
   }
   const float hsic[] = {block_sum<kThreads>(own[0], scratch), block_sum<kThreads>(own[1], scratch),
                         block_sum<kThreads>(own[2], scratch)};
@@ -89,6 +94,7 @@ LaunchShape following(dim3 grid, int threads, size_t shared_bytes = 0) {
 // What forward makes beside its results: the rows, for the products and for backward.
 struct Kept {
   Tensor stats;    // [2, T]: the student's 1 / norm and ⟨mean, centered row⟩
+  Tensor means;    // [B, pitch] of the student's unit rows, float32
   Tensor student;  // [T, pitch]
   Tensor teacher;
 };
@@ -100,7 +106,7 @@ void keep_rows(const Tensor& student, const Tensor& teacher, const Images& image
   const int64_t pitch[] = {kept.student.size(1), kept.teacher.size(1)};
   Tensor inverse = empty_float(student, {images.rows});
   Tensor sums = empty_float(student, {pieces * (pitch[0] + pitch[1])});
-  Tensor means = empty_float(student, {images.count * (pitch[0] + pitch[1])});
+  Tensor teacher_means = empty_float(student, {images.count * pitch[1]});
   const auto rows_of = [&](int model) {
     const Tensor& x = model == 0 ? student : teacher;
     return Rows<T, K>{
@@ -109,14 +115,13 @@ void keep_rows(const Tensor& student, const Tensor& teacher, const Images& image
         data<float>(model == 0 ? kept.stats : inverse),
         model == 0 ? data<float>(kept.stats) + images.rows : nullptr,
         data<float>(sums) + model * pieces * pitch[0],
-        data<float>(means) + model * images.count * pitch[0],
+        data<float>(model == 0 ? kept.means : teacher_means),
         static_cast<int>(x.size(1)),
         static_cast<int>(pitch[model]),
     };
   };
-  const int device = device_of(student);
   launch_rows<T, K>({rows_of(0), rows_of(1)}, images, wide_rows(student) && wide_rows(teacher),
-                    most_shared_bytes(device), device);
+                    most_shared_bytes(device_of(student)), device_of(student));
 }
 
 GramArguments gram_arguments(const Kept& kept, int student_width, int teacher_width,
@@ -195,22 +200,64 @@ void launch_gram(const GramArguments& x, const GramPlan& plan, const Tensor& par
   if (sharing.most > 0) launch_parts<kBackward>(x, plan, sharing, device);
 }
 
-void launch_values(GramArguments gram, const Values& values, const Tensor& like) {
+#if defined(GRACE_WITH_SM90A) && !defined(GRACE_EMULATE)
+
+bool has_wgmma(int device) {
+  return device_attribute(cudaDevAttrComputeCapabilityMajor, device) == 9;
+}
+
+warpgroup::Arguments warpgroup_arguments(const GramArguments& x) {
+  warpgroup::Arguments to = {};
+  to.widths[0] = x.student_width;
+  to.widths[1] = x.teacher_width;
+  to.images = x.images;
+  to.saved = x.saved;
+  to.along = x.along;
+  return to;
+}
+
+#endif
+
+// The values, once the Grams' sums are made.
+template <typename Gram>
+void finish_values(const Gram& gram, FeatureArguments feature, const Values& values,
+                   const Tensor& like) {
   const int device = device_of(like);
-  const GramPlan plan = gram_plan(gram, device);
-  FeatureArguments feature = feature_arguments(gram);
-  Tensor parts = empty_float(like, {int64_t{plan.parts()} * kTile * kTile});
-  Tensor sums = empty_float(like, {int64_t{plan.pairs} * kSlices * 3});
-  Tensor feature_sums = empty_float(like, {int64_t{feature.slots()} * feature.tiles()});
-  gram.sums = data<float>(sums);
-  feature.sums = data<float>(feature_sums);
-  launch_gram<false>(gram, plan, parts, device);
+  Tensor sums = empty_float(like, {int64_t{feature.slots()} * feature.tiles()});
+  feature.sums = data<float>(sums);
   launch(
       feature_kernel<false>,
       following(dim3(feature.tiles(), static_cast<unsigned>(feature.slots())), kGroup, kTileBytes),
       device, feature);
-  launch(value_kernel, following(dim3(values.images.count), kThreads), device, gram, feature,
+  launch(value_kernel<Gram>, following(dim3(values.images.count), kThreads), device, gram, feature,
          values);
+}
+
+void launch_values(GramArguments gram, const Values& values, const Tensor& like) {
+  const int device = device_of(like);
+  const FeatureArguments feature = feature_arguments(gram);
+#if defined(GRACE_WITH_SM90A) && !defined(GRACE_EMULATE)
+  if (has_wgmma(device)) {
+    warpgroup::Arguments x = warpgroup_arguments(gram);
+    const warpgroup::Plan plan = warpgroup::plan_of(x, multiprocessors(device));
+    Tensor slots = empty_float(like, {int64_t{plan.slots()} * warpgroup::kTile * warpgroup::kTile});
+    Tensor sums = empty_float(like, {int64_t{plan.pairs} * warpgroup::kStrips * 3});
+    x.slots = data<float>(slots);
+    x.sums = data<float>(sums);
+    x.most_pairs = plan.pairs;
+    x.clusters = plan.clusters;
+    if (plan.pairs > 0)
+      warpgroup::launch_gram<false>(warpgroup::maps_of(gram.student, gram.teacher, x), x, plan,
+                                    device);
+    return finish_values(x, feature, values, like);
+  }
+#endif
+  const GramPlan plan = gram_plan(gram, device);
+  Tensor parts = empty_float(like, {int64_t{plan.parts()} * kTile * kTile});
+  Tensor sums = empty_float(like, {int64_t{plan.pairs} * kSlices * 3});
+  gram.sums = data<float>(sums);
+  launch_gram<false>(gram, plan, parts, device);
+  finish_values(gram, feature, values, like);
 }
 
 // Gradients of images in Gram form, and of rows in no image: window after window of W. Those after
@@ -252,36 +299,82 @@ void launch_feature_direction(FeatureArguments x, const DirectionArguments<T>& d
            direction.inverse, direction.grad, direction.out);
 }
 
-// Bytes of W with the row of tiles that a window ends in, or of an image's products.
-int64_t backward_bytes(const GramPlan& plan, const FeatureArguments& feature) {
+int64_t product_bytes(const FeatureArguments& feature) {
+  if (feature.slots() == 0) return 0;
+  return int64_t{feature.widths()} * kept_pitch(feature.student_width) * 2;
+}
+
+// Of W with the row of tiles that a window ends in.
+int64_t weight_bytes(const GramPlan& plan) {
   const int64_t most = int64_t{plan.tiles} * plan.most_tiles;
-  const int64_t weights = most <= kMostWeights ? most : int64_t{kMostWeights} + plan.most_tiles;
-  const int64_t products =
-      feature.slots() > 0 ? int64_t{feature.widths()} * kept_pitch(feature.student_width) * 2 : 0;
-  return weights * kWeightBytes > products ? weights * kWeightBytes : products;
+  return (most <= kMostWeights ? most : int64_t{kMostWeights} + plan.most_tiles) * kWeightBytes;
+}
+
+// Memory for the one, then for the other.
+Tensor room_for(int64_t bytes, int64_t others, const Tensor& like) {
+  return empty_float(like, {ceil_div<int64_t>(bytes > others ? bytes : others, 4)});
+}
+
+#if defined(GRACE_WITH_SM90A) && !defined(GRACE_EMULATE)
+
+// The gradients of images in Gram form; returns memory for the others' products.
+template <typename T>
+Tensor warpgroup_direction(const DirectionArguments<T>& from, const Kept& kept, int64_t others) {
+  const Tensor& like = kept.stats;
+  const int device = device_of(like);
+  warpgroup::Arguments gram = warpgroup_arguments(from.gram);
+  const warpgroup::Plan plan = warpgroup::plan_of(gram, multiprocessors(device));
+  Tensor slots = empty_float(like, {int64_t{plan.slots()} * warpgroup::kTile * warpgroup::kTile});
+  Tensor shares = empty_float(like, {plan.window() * warpgroup::kShares * warpgroup::kTile});
+  Tensor room = room_for(plan.window() * warpgroup::kPanel * 2, others, like);
+  gram.slots = data<float>(slots);
+  gram.panels.at = data<fp16>(room);
+  gram.panels.shares = data<float>(shares);
+  gram.most_pairs = plan.pairs;
+  gram.clusters = plan.clusters;
+  const bool fours =
+      from.gram.student_width % 4 == 0 && reinterpret_cast<uintptr_t>(from.out) % 8 == 0;
+  if (plan.pairs > 0)
+    warpgroup::launch_direction<T>(
+        warpgroup::maps_of(from.gram.student, from.gram.teacher, gram),
+        {gram, data<float>(kept.means), from.inverse, from.grad, from.out, fours}, plan, device);
+  return room;
+}
+
+#endif
+
+// The same by mma.sync.
+template <typename T>
+Tensor direction(const DirectionArguments<T>& x, const Kept& kept, int64_t others) {
+  const Tensor& like = kept.stats;
+  const int device = device_of(like);
+#if defined(GRACE_WITH_SM90A) && !defined(GRACE_EMULATE)
+  if (has_wgmma(device)) return warpgroup_direction(x, kept, others);
+#endif
+  const GramPlan plan = gram_plan(x.gram, device);
+  Tensor room = room_for(weight_bytes(plan), others, like);
+  Tensor parts = empty_float(like, {int64_t{plan.parts()} * kTile * kTile});
+  launch_direction<T>(x, plan, room, parts, device);
+  return room;
 }
 
 template <typename T>
 void backward_tensor_cores(const Tensor& grad, const Tensor& student, const Kept& kept,
                            const Tensor& saved, const Images& images, int teacher_width,
                            const Tensor& out) {
-  const int device = device_of(student);
   GramArguments gram =
       gram_arguments(kept, static_cast<int>(student.size(1)), teacher_width, images);
   gram.saved = data<float>(saved);
-  const GramPlan plan = gram_plan(gram, device);
   FeatureArguments feature = feature_arguments(gram);
-  Tensor workspace = empty_float(student, {ceil_div<int64_t>(backward_bytes(plan, feature), 4)});
-  Tensor parts = empty_float(student, {int64_t{plan.parts()} * kTile * kTile});
-  const DirectionArguments<T> direction = {gram,
-                                           data<T>(student),
-                                           data<float>(kept.stats),
-                                           data<float>(grad),
-                                           data<T>(out),
-                                           wide_rows(student) && wide_rows(out)};
-  launch_direction<T>(direction, plan, workspace, parts, device);
-  feature.products = data<fp16>(workspace);
-  launch_feature_direction<T>(feature, direction, device);
+  const DirectionArguments<T> x = {gram,
+                                   data<T>(student),
+                                   data<float>(kept.stats),
+                                   data<float>(grad),
+                                   data<T>(out),
+                                   wide_rows(student) && wide_rows(out)};
+  Tensor room = direction(x, kept, product_bytes(feature));
+  feature.products = data<fp16>(room);
+  launch_feature_direction<T>(feature, x, device_of(student));
 }
 
 namespace float32 {
@@ -327,10 +420,10 @@ void backward(const Tensor& grad, const Tensor& student, const Kept& kept, const
 
 // student [T, ds] and teacher [T, dt] of one dtype, cu_seqlens int32 [B + 1], contiguous: checked
 // in Python.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cka_cuda(const Tensor& student,
-                                                            const Tensor& teacher,
-                                                            const Tensor& cu_seqlens,
-                                                            int64_t min_tokens) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cka_cuda(const Tensor& student,
+                                                                    const Tensor& teacher,
+                                                                    const Tensor& cu_seqlens,
+                                                                    int64_t min_tokens) {
   const Images images = images_of(student, cu_seqlens);
   const int widths[] = {static_cast<int>(student.size(1)), static_cast<int>(teacher.size(1))};
   Tensor value = empty_float(student, {images.count});
@@ -340,8 +433,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cka_cuda(const Tensor& studen
   const auto kept_rows = [&](int width) {
     return torch::stable::new_empty(student, {images.rows, kept_pitch(width)}, type);
   };
-  const Kept kept = {empty_float(student, {2, images.rows}), kept_rows(widths[0]),
-                     kept_rows(widths[1])};
+  const Kept kept = {empty_float(student, {2, images.rows}),
+                     empty_float(student, {images.count, kept_pitch(widths[0])}),
+                     kept_rows(widths[0]), kept_rows(widths[1])};
   const Values values = {data<float>(value), data<float>(saved), images,
                          static_cast<int>(min_tokens)};
   dispatch_floating(student.scalar_type(), "cka", [&](auto element) {
@@ -355,14 +449,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cka_cuda(const Tensor& studen
       launch_values(gram_arguments(kept, widths[0], widths[1], images), values, student);
     }
   });
-  return {value, saved, kept.stats, kept.student, kept.teacher};
+  return {value, saved, kept.stats, kept.means, kept.student, kept.teacher};
 }
 
 Tensor cka_backward_cuda(const Tensor& grad, const Tensor& student, const Tensor& cu_seqlens,
-                         const Tensor& saved, const Tensor& stats, const Tensor& student_rows,
-                         const Tensor& teacher_rows, int64_t teacher_width) {
+                         const Tensor& saved, const Tensor& stats, const Tensor& means,
+                         const Tensor& student_rows, const Tensor& teacher_rows,
+                         int64_t teacher_width) {
   const Images images = images_of(student, cu_seqlens);
-  const Kept kept = {stats, student_rows, teacher_rows};
+  const Kept kept = {stats, means, student_rows, teacher_rows};
   const int width = static_cast<int>(teacher_width);
   Tensor grad_student = torch::stable::empty_like(student);
   dispatch_floating(student.scalar_type(), "cka_backward", [&](auto element) {

@@ -78,6 +78,17 @@ __device__ __forceinline__ Before before(const GramArguments& x, int image) {
   return {warp_total(own.pairs), warp_total(own.weights)};
 }
 
+// Three sums each of so many parts of an image's Grams.
+struct Sums {
+  const float* at;
+  int count;
+};
+
+__device__ __forceinline__ Sums sums_of(const GramArguments& x, int image) {
+  const float* const at = x.sums + int64_t{before(x, image).pairs} * kSlices * 3;
+  return {at, pairs_of(x.tiles(image)) * kSlices};
+}
+
 struct Pair {
   int image;  // -1 for a number beyond the last
   int i, j;
