@@ -38,7 +38,14 @@ from grace.ops._checks import (
     require_same_dtype,
     require_same_rows,
 )
-from grace.ops.gated_dkd import SAVED_COLUMNS, check_labels, check_settings, gated_mean
+from grace.ops.gated_dkd import (
+    SAVED_COLUMNS,
+    check_labels,
+    check_settings,
+    gated_mean,
+    only_losses_train,
+    row_gradients,
+)
 
 # Student and teacher logits together; a gradient beside them adds half as much again.
 _CHUNK_BYTES = 384 * 2**20
@@ -130,7 +137,7 @@ def linear_gated_dkd(
     )
     if num_items is None:
         num_items = (labels != ignore_index).sum().clamp_min(1)
-    return cross_entropy.sum() / num_items, gated_mean(loss, gates.detach(), gate)
+    return cross_entropy.sum() / num_items, gated_mean(loss, gates, gate)
 
 
 def default_chunk_size(student_head: Tensor, teacher_head: Tensor) -> int:
@@ -356,22 +363,34 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     tensors, ctx.settings, ctx.keep_gradients = inputs[:5], inputs[5:-1], inputs[-1]
     ctx.dtype = tensors[0].dtype
     ctx.save_for_backward(*(() if ctx.keep_gradients else tensors), output[3])
+    only_losses_train(ctx, output)
 
 
 def _backward(
-    ctx: Any, grad_loss: Tensor, _gate: Tensor, grad_ce: Tensor, _saved: Tensor
+    ctx: Any, grad_loss: Tensor | None, _gate: None, grad_ce: Tensor | None, _saved: None
 ) -> tuple[Tensor | None, ...]:
     if ctx.keep_gradients:
-        kept = ctx.saved_tensors[0]
-        grad = torch.addcmul(grad_ce[:, None] * kept[:, 1], grad_loss[:, None], kept[:, 0])
-        return (grad.to(ctx.dtype), *(None,) * 11)
+        grad = _weighed(ctx.saved_tensors[0], grad_loss, grad_ce)
+        return (None if grad is None else grad.to(ctx.dtype), *(None,) * 11)
     needs = ctx.needs_input_grad[:2]
-    # The gradient of a sum is one number, expanded; kernels read rows one after another.
     grads = torch.ops.grace.linear_gated_dkd_backward(
-        grad_loss.contiguous(), grad_ce.contiguous(), *ctx.saved_tensors, *ctx.settings, *needs
+        *row_gradients(grad_loss, grad_ce, ctx.saved_tensors[-1]),
+        *ctx.saved_tensors,
+        *ctx.settings,
+        *needs,
     )
     found = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
     return (*found, *(None,) * 10)
+
+
+def _weighed(kept: Tensor, grad_loss: Tensor | None, grad_ce: Tensor | None) -> Tensor | None:
+    """The two vectors of each row, weighed by its gradients; None where it has none."""
+    total = None if grad_ce is None else grad_ce[:, None] * kept[:, 1]
+    if grad_loss is None:
+        return total
+    if total is None:
+        return grad_loss[:, None] * kept[:, 0]
+    return torch.addcmul(total, grad_loss[:, None], kept[:, 0])
 
 
 torch.library.register_autograd(

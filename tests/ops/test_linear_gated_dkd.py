@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from grace.ops import gated_dkd, linear_gated_dkd
 from grace.ops._checks import accumulate_dtype
-from grace.ops.gated_dkd import gated_dkd_rows
+from grace.ops.gated_dkd import SAVED_COLUMNS, gated_dkd_rows
 from grace.ops.linear_gated_dkd import default_chunk_size, slice_width
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -149,14 +149,19 @@ def test_frozen_head_or_hidden(frozen):
     assert case[frozen].grad is None
 
 
-def test_one_loss_alone_with_a_frozen_head():
+@pytest.mark.parametrize("trains", [True, False])
+@pytest.mark.parametrize("which", [0, 1])
+def test_one_loss_alone(which, trains, zeros_made):
     """The trainer drops a term that is not finite; what is left must not feel it."""
-    case = make_case()
-    for which in (0, 1):
-        hidden = case[0].clone().requires_grad_()
-        (grad,) = torch.autograd.grad(linear_gated_dkd(hidden, *case[1:])[which], hidden)
-        (expected,) = torch.autograd.grad(whole((hidden, *case[1:]))[which], hidden)
-        torch.testing.assert_close(grad, expected)
+    case = to_double(*make_case())
+    leaves = [case[0].requires_grad_(), *([case[1].requires_grad_()] if trains else [])]
+    loss = linear_gated_dkd(*case)[which]
+    with zeros_made() as made:
+        actual = torch.autograd.grad(loss, leaves)
+    torch.testing.assert_close(actual, torch.autograd.grad(whole(case)[which], leaves))
+    rows = len(case[4])
+    assert made.count([rows]) == trains  # for the loss that has no gradient
+    assert [rows, SAVED_COLUMNS] not in made
 
 
 def test_num_items_divides_the_cross_entropy_alone():
