@@ -3,7 +3,7 @@
     logits = hidden · headᵀ      cross_entropy = Σ −log softmax(student logits)_label / items
     gdkd = Σ g·L / Σ g           with L and g of ``gated_dkd`` on the same logits
 
-The normalizers are taken outside the op, so autograd knows them. Two ways to the gradient:
+The normalizers are taken outside the op, so autograd knows them. Three ways to the gradient:
 
     the head trains      The forward keeps four numbers a row (``saved`` of ``gated_dkd``) and the
                          backward makes the logits again, of all rows and a slice of the classes at
@@ -12,6 +12,9 @@ The normalizers are taken outside the op, so autograd knows them. Two ways to th
     the head is frozen   The forward has the logits at hand: it keeps the gradients of a row's L and
                          of its cross-entropy in its hidden state, two vectors a row, and the
                          backward only weighs them.
+    logits kept          Asked for by ``keep_logits``: whole logits of both models wait for the
+                         backward, which puts the gradient where the student's are. No product is
+                         made twice, and memory grows with rows times classes.
 
 Which rows are computed: labels on the host are read there, and only rows that count are computed.
 Labels on a GPU cannot be read without waiting for it, so every row given is computed and those that
@@ -42,6 +45,7 @@ from grace.ops.gated_dkd import (
     SAVED_COLUMNS,
     check_labels,
     check_settings,
+    gated_dkd_rows,
     gated_mean,
     only_losses_train,
     row_gradients,
@@ -84,6 +88,7 @@ def linear_gated_dkd(
     chunk_size: int | None = None,
     num_items: int | Tensor | None = None,
     gate: bool = True,
+    keep_logits: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(cross_entropy, gdkd); differentiable in the student's hidden states and head.
 
@@ -102,6 +107,9 @@ def linear_gated_dkd(
         num_items: divisor of the cross-entropy sum, for means over several micro-batches or ranks;
             None divides by the number of rows that are not ignored. It does not touch gdkd.
         gate: False weighs all rows of gdkd equally (g = 1).
+        keep_logits: keeps both models' logits of the rows computed from forward to backward, in 16
+            bits 2·n·(Vs + min(Vs, Vt)) bytes: no product is made twice. Both losses then share one
+            backward; a second one is an error. Where no gradient is needed, nothing is kept.
 
     Returns:
         Two scalars, float32 (float64 for float64 input); both exactly 0, with zero gradient, where
@@ -119,25 +127,73 @@ def linear_gated_dkd(
     allowed = f"be on {student_hidden.device} or on the host"
     require(on_device, op, "labels", allowed, labels.device)
     check_settings(op, temperature, alpha, beta)
+    allowed = "be None with keep_logits" if keep_logits else "be at least 1"
+    require(
+        chunk_size is None or (chunk_size >= 1 and not keep_logits),
+        op,
+        "chunk_size",
+        allowed,
+        chunk_size,
+    )
     if chunk_size is None:
         chunk_size = default_chunk_size(student_head, teacher_head)
-    require(chunk_size >= 1, op, "chunk_size", "be at least 1", chunk_size)
-    loss, gates, cross_entropy, _ = torch.ops.grace.linear_gated_dkd(
-        student_hidden,
-        student_head,
-        teacher_hidden.detach(),
-        teacher_head.detach(),
-        labels.contiguous(),
-        temperature,
-        alpha,
-        beta,
-        ignore_index,
-        chunk_size,
-        student_hidden.requires_grad and not student_head.requires_grad and torch.is_grad_enabled(),
-    )
+    tensors = (student_hidden, student_head, teacher_hidden.detach(), teacher_head.detach())
+    settings = (temperature, alpha, beta, ignore_index)
+    trains = [tensor.requires_grad and torch.is_grad_enabled() for tensor in tensors[:2]]
+    if keep_logits and any(trains):
+        loss, gates, cross_entropy = _rows_of_kept_logits(*tensors, labels, *settings)
+    else:
+        keep_gradients = trains == [True, False]
+        loss, gates, cross_entropy, _ = torch.ops.grace.linear_gated_dkd(
+            *tensors, labels.contiguous(), *settings, chunk_size, keep_gradients
+        )
     if num_items is None:
         num_items = (labels != ignore_index).sum().clamp_min(1)
     return cross_entropy.sum() / num_items, gated_mean(loss, gates, gate)
+
+
+def _rows_of_kept_logits(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: Tensor,
+    labels: Tensor,
+    temperature: float,
+    alpha: float,
+    beta: float,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(L, g, cross-entropy) of the rows to compute, whose logits autograd keeps."""
+    inputs = (student_hidden, teacher_hidden, labels)
+    student, teacher, labels = _rows_to_compute(*inputs, ignore_index)
+    logits = _Logits.apply(student, student_head)
+    with _no_autocast(student):
+        teacher_logits = teacher @ teacher_head[: student_head.shape[0]].t()
+    return gated_dkd_rows(
+        logits,
+        teacher_logits,
+        labels,
+        temperature=temperature,
+        alpha=alpha,
+        beta=beta,
+        ignore_index=ignore_index,
+        in_place=True,
+    )
+
+
+def _rows_to_compute(
+    student: Tensor, teacher: Tensor, labels: Tensor, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states and labels of the rows that count, or, where the host does not know them, of
+    all, the student's zero where they do not: a row's gradient 0 is multiplied by them."""
+    on_device = labels.to(student.device, non_blocking=True)
+    # Their number would be a shape that torch.compile cannot know.
+    rows = (
+        slice(None) if torch.compiler.is_compiling() else _counting(labels, student, ignore_index)
+    )
+    if isinstance(rows, Tensor):
+        return student.index_select(0, rows), teacher.index_select(0, rows), on_device[rows]
+    return torch.where((on_device != ignore_index)[:, None], student, 0.0), teacher, on_device
 
 
 def default_chunk_size(student_head: Tensor, teacher_head: Tensor) -> int:
@@ -335,6 +391,26 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None = None
     wide = torch.mm(a, b, out_dtype=dtype) if a.is_cuda else a.float() @ b.float()
     product = wide.to(dtype)
     return product if out is None else out.copy_(product)
+
+
+class _Logits(torch.autograd.Function):
+    """hidden · headᵀ; the products of its gradients are without autocast too."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, head)
+        with _no_autocast(hidden):
+            return hidden @ head.t()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        hidden, head = ctx.saved_tensors
+        for_hidden, for_head = ctx.needs_input_grad
+        with _no_autocast(grad):
+            return (
+                _product(grad, head, grad.dtype) if for_hidden else None,
+                _product(grad.t(), hidden, grad.dtype) if for_head else None,
+            )
 
 
 def _empty_outputs(hidden: Tensor, keep_gradients: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
