@@ -51,6 +51,7 @@ from grace.ops.gated_dkd import (
     row_gradients,
 )
 
+_OP = "linear_gated_dkd"
 # Student and teacher logits together; a gradient beside them adds half as much again.
 _CHUNK_BYTES = 384 * 2**20
 _EVEN = 128  # rows of a chunk and classes of a slice come in multiples of it where they can
@@ -118,26 +119,13 @@ def linear_gated_dkd(
     Raises:
         ValueError: for any other shape, dtype, device or setting.
     """
-    op = "linear_gated_dkd"
     student_head, teacher_head = _whole(student_head), _whole(teacher_head)
-    _check_side(op, "student", student_hidden, student_head, student_hidden)
-    _check_side(op, "teacher", teacher_hidden, teacher_head, student_hidden)
-    check_labels(op, labels, "student_hidden", student_hidden)
-    on_device = labels.device == student_hidden.device or labels.device.type == "cpu"
-    allowed = f"be on {student_hidden.device} or on the host"
-    require(on_device, op, "labels", allowed, labels.device)
-    check_settings(op, temperature, alpha, beta)
-    allowed = "be None with keep_logits" if keep_logits else "be at least 1"
-    require(
-        chunk_size is None or (chunk_size >= 1 and not keep_logits),
-        op,
-        "chunk_size",
-        allowed,
-        chunk_size,
-    )
+    tensors = (student_hidden, student_head, teacher_hidden.detach(), teacher_head.detach())
+    _check_tensors(*tensors, labels)
+    check_settings(_OP, temperature, alpha, beta)
+    _check_chunk_size(chunk_size, keep_logits)
     if chunk_size is None:
         chunk_size = default_chunk_size(student_head, teacher_head)
-    tensors = (student_hidden, student_head, teacher_hidden.detach(), teacher_head.detach())
     settings = (temperature, alpha, beta, ignore_index)
     trains = [tensor.requires_grad and torch.is_grad_enabled() for tensor in tensors[:2]]
     if keep_logits and any(trains):
@@ -187,12 +175,10 @@ def _rows_to_compute(
     """Hidden states and labels of the rows that count, or, where the host does not know them, of
     all, the student's zero where they do not: a row's gradient 0 is multiplied by them."""
     on_device = labels.to(student.device, non_blocking=True)
-    # Their number would be a shape that torch.compile cannot know.
-    rows = (
-        slice(None) if torch.compiler.is_compiling() else _counting(labels, student, ignore_index)
-    )
-    if isinstance(rows, Tensor):
-        return student.index_select(0, rows), teacher.index_select(0, rows), on_device[rows]
+    if not torch.compiler.is_compiling():  # which cannot know a shape that values decide
+        rows = _counting(labels, student, ignore_index)
+        if isinstance(rows, Tensor):
+            return student.index_select(0, rows), teacher.index_select(0, rows), on_device[rows]
     return torch.where((on_device != ignore_index)[:, None], student, 0.0), teacher, on_device
 
 
@@ -233,18 +219,39 @@ def _whole(head: Tensor) -> Tensor:
     return sharded.full_tensor(grad_placements=[Partial("avg")] * sharded.device_mesh.ndim)
 
 
-def _check_side(op: str, side: str, hidden: Tensor, head: Tensor, student: Tensor) -> None:
+def _check_tensors(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: Tensor,
+    labels: Tensor,
+) -> None:
+    _check_side("student", student_hidden, student_head, student_hidden)
+    _check_side("teacher", teacher_hidden, teacher_head, student_hidden)
+    check_labels(_OP, labels, "student_hidden", student_hidden)
+    on_device = labels.device == student_hidden.device or labels.device.type == "cpu"
+    allowed = f"be on {student_hidden.device} or on the host"
+    require(on_device, _OP, "labels", allowed, labels.device)
+
+
+def _check_side(side: str, hidden: Tensor, head: Tensor, student: Tensor) -> None:
     """Checks one model's hidden states and head, against each other and the student's."""
     for name, tensor in ((f"{side}_hidden", hidden), (f"{side}_head", head)):
-        require_dims(op, name, tensor, 2)
-        require_floating(op, name, tensor)
-        require_same_dtype(op, "student_hidden", student, name, tensor)
-        require_same_device(op, "student_hidden", student, name, tensor)
-    require_same_rows(op, "student_hidden", student, f"{side}_hidden", hidden)
+        require_dims(_OP, name, tensor, 2)
+        require_floating(_OP, name, tensor)
+        require_same_dtype(_OP, "student_hidden", student, name, tensor)
+        require_same_device(_OP, "student_hidden", student, name, tensor)
+    require_same_rows(_OP, "student_hidden", student, f"{side}_hidden", hidden)
     features, classes = hidden.shape[1], head.shape[0]
     matches = head.shape[1] == features
-    require(matches, op, f"{side}_head", f"have {features} features", head.shape[1])
-    require(classes >= 2, op, f"{side}_head", "have at least 2 classes", classes)
+    require(matches, _OP, f"{side}_head", f"have {features} features", head.shape[1])
+    require(classes >= 2, _OP, f"{side}_head", "have at least 2 classes", classes)
+
+
+def _check_chunk_size(chunk_size: int | None, keep_logits: bool) -> None:
+    if chunk_size is not None:
+        require(not keep_logits, _OP, "chunk_size", "be None with keep_logits", chunk_size)
+        require(chunk_size >= 1, _OP, "chunk_size", "be at least 1", chunk_size)
 
 
 def _counting(labels: Tensor, hidden: Tensor, ignore_index: int) -> Tensor | slice:
