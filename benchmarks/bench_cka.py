@@ -1,24 +1,42 @@
-"""cka forward and backward, against the authors' formulas in eager PyTorch and torch.compile."""
+"""cka forward and backward, against the formulas in eager PyTorch and torch.compile of an image.
+
+Liger-Kernel has nothing to compare with.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import Benchmark, Case, buffer_sets
+from benchmarks.harness import Benchmark, Case, Side, buffer_sets, compiled
 from grace.ops import cka
 
 
-def eager(student: Tensor, teacher: Tensor, lengths: list[int]) -> Tensor:
-    """Normalized rows, Grams in float32, centered by the centering matrix, HSIC: n×n in memory."""
-    values = []
-    for s, t in zip(student.split(lengths), teacher.split(lengths), strict=True):
-        n = s.shape[0]
-        center = torch.eye(n, device=s.device) - 1.0 / n
-        k, m = (center @ (x @ x.t()) @ center for x in (F.normalize(y.float()) for y in (s, t)))
-        values.append((k * m).sum() / ((k * k).sum() * (m * m).sum()).sqrt())
-    return torch.stack(values)
+def one_image(
+    student: Tensor, teacher: Tensor, product_dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Normalized rows, Grams, centered by their means, HSIC: n×n in memory."""
+    rows = (F.normalize(x.float()).to(product_dtype) for x in (student, teacher))
+    k, m = (_centered((x @ x.t()).float()) for x in rows)
+    return (k * m).sum() / ((k * k).sum() * (m * m).sum()).sqrt()
+
+
+def _centered(gram: Tensor) -> Tensor:
+    return gram - gram.mean(0, keepdim=True) - gram.mean(1, keepdim=True) + gram.mean()
+
+
+def each(image: Callable[..., Tensor], lengths: list[int]) -> Callable[..., Tensor]:
+    """One image after another."""
+
+    def values(student: Tensor, teacher: Tensor) -> Tensor:
+        pairs = zip(student.split(lengths), teacher.split(lengths), strict=True)
+        return torch.stack([image(*pair) for pair in pairs])
+
+    return values
 
 
 def flops(images: int, n: int, ds: int, dt: int) -> float:
@@ -42,7 +60,7 @@ def setup(device: torch.device, images: int, n: int, ds: int, dt: int) -> Case:
     lengths = [n] * images
     ones = torch.ones(images, device=device)
 
-    def side(function):
+    def side(function: Callable[..., Tensor]) -> Side:
         def call(i: int) -> Tensor:
             return torch.autograd.grad(function(students[i], teachers[i]), students[i], ones)[0]
 
@@ -58,12 +76,14 @@ def setup(device: torch.device, images: int, n: int, ds: int, dt: int) -> Case:
         )
         return torch.autograd.grad(value.sum(), s)[0]
 
-    compiled = torch.compile(eager)
     return Case(
         sides={
             "grace": side(lambda s, t: cka(s, t, cu_seqlens)),
-            "eager": side(lambda s, t: eager(s, t, lengths)),
-            "compile": side(lambda s, t: compiled(s, t, lengths)),
+            "eager": side(each(one_image, lengths)),
+            "compile": side(each(compiled(one_image), lengths)),
+            "compile, bfloat16 Grams": side(
+                each(partial(compiled(one_image), product_dtype=torch.bfloat16), lengths)
+            ),
         },
         exact=exact,
         bytes=images * n * (2 * (ds + dt) + ds) * dtype.itemsize,
@@ -73,18 +93,18 @@ def setup(device: torch.device, images: int, n: int, ds: int, dt: int) -> Case:
     )
 
 
-def _centered(x: Tensor) -> Tensor:
+def _centered_rows(x: Tensor) -> Tensor:
     unit = F.normalize(x, dim=1)
     return unit - unit.mean(0)
 
 
 def _by_grams(student: Tensor, teacher: Tensor) -> Tensor:
-    k, m = (x @ x.t() for x in (_centered(student), _centered(teacher)))
+    k, m = (x @ x.t() for x in (_centered_rows(student), _centered_rows(teacher)))
     return (k * m).sum() / (k.norm() * m.norm())
 
 
 def _by_features(student: Tensor, teacher: Tensor) -> Tensor:
-    s, t = _centered(student), _centered(teacher)
+    s, t = _centered_rows(student), _centered_rows(teacher)
     return (s.t() @ t).square().sum() / ((s.t() @ s).norm() * (t.t() @ t).norm())
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from benchmarks.bench_fake_quant import GRID, GROUP, eager, log_scales
-from benchmarks.harness import Benchmark, Case
+from benchmarks.harness import Benchmark, Case, Side, compiled
 from benchmarks.layers import LAYERS
 from grace.ops import fake_quant, fake_quant_many
 from grace.ops.fake_quant import reference_backward
@@ -31,15 +33,23 @@ def setup(device: torch.device, layers: int) -> Case:
         outs = [fake_quant(w, t, group_size=GROUP, scale_dtype=GRID) for w, t in pairs]
         return torch.autograd.grad(outs, leaves, grads)
 
-    def formula(_: int) -> tuple[Tensor, ...]:  # what it saves of all layers would not fit
-        made = [
-            torch.autograd.grad(eager(w, t), (w, t), g)
-            for w, t, g in zip(weights, theta, grads, strict=True)
-        ]
-        return tuple(pair[0] for pair in made)
+    def formula(function: Callable[..., Tensor]) -> Side:
+        def call(_: int) -> tuple[Tensor, ...]:  # what it saves of all layers would not fit
+            made = [
+                torch.autograd.grad(function(w, t), (w, t), g)
+                for w, t, g in zip(weights, theta, grads, strict=True)
+            ]
+            return tuple(pair[0] for pair in made)
+
+        return call
 
     return Case(
-        sides={"grace": many, "one op a layer": single, "eager, a layer at a time": formula},
+        sides={
+            "grace": many,
+            "one op a layer": single,
+            "eager, a layer at a time": formula(eager),
+            "compile, a layer at a time": formula(compiled(eager)),
+        },
         exact=lambda: reference_backward(
             grads[0].double(), weights[0].double(), theta[0].double(), 4, GROUP, GRID
         )[0],

@@ -1,6 +1,7 @@
 """gated_dkd forward and backward, against the formula in eager PyTorch and torch.compile of it.
 
-Liger-Kernel's cross-entropy, which reads one logits tensor and writes its gradient, is a yardstick.
+Yardsticks of Liger-Kernel: its cross-entropy, which reads one logits tensor and writes its
+gradient, and its divergence of two models (here KL, at temperature 1) behind their log-softmaxes.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from benchmarks.distillation import compiled, eager, exact_gradients, liger
+from benchmarks.distillation import compiled, eager, exact_gradients, liger, peer
 from benchmarks.harness import Benchmark, Case, Side, buffer_sets
 from grace.ops import gated_dkd
 
@@ -26,6 +27,12 @@ def liger_cross_entropy(logits: Tensor, labels: Tensor) -> Side:
         return torch.autograd.grad(loss(own[0], labels), own[0])[0]
 
     return call
+
+
+def liger_divergence(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    """KL(teacher ‖ student) over the vocabulary: without target terms, gate and temperature."""
+    loss = liger("LigerJSD", beta=0.0)
+    return loss(student.log_softmax(-1), teacher.log_softmax(-1), labels)
 
 
 def setup(device: torch.device, n: int, V: int) -> Case:
@@ -48,7 +55,10 @@ def setup(device: torch.device, n: int, V: int) -> Case:
 
     return Case(
         sides={"grace": side(gated_dkd), "eager": side(eager), "compile": side(compiled())},
-        yardsticks={"liger cross-entropy": liger_cross_entropy(student[0], labels)},
+        yardsticks={
+            "liger cross-entropy": peer(liger_cross_entropy(student[0], labels)),
+            "liger JSD": peer(side(liger_divergence)),
+        },
         exact=lambda: torch.cat([x.float() for x in exact_gradients(chunks, n, False)]),
         bytes=5 * size,  # both logits twice, the gradient once
         sets=sets,

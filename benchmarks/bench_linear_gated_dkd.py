@@ -1,19 +1,22 @@
 """linear_gated_dkd forward and backward, against whole logits from two matrix products: with our op
 on them ("whole logits": no product is made twice), and with the formulas in plain PyTorch.
 
-Yardsticks: the op's own matrix products alone, and Liger-Kernel's fused linear cross-entropy, which
-has no teacher.
+Yardsticks: the op's own matrix products alone, and of Liger-Kernel the fused linear cross-entropy,
+which has no teacher, and two divergences of teacher and student (here KL), neither gated nor
+decoupled: in Triton, and in compiled chunks with the cross-entropy added.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.distillation import compiled, eager, exact_gradients, liger
+from benchmarks.distillation import T, compiled, eager, exact_gradients, liger, peer
 from benchmarks.harness import Benchmark, Case, Side
 from grace.ops import linear_gated_dkd
 from grace.ops.gated_dkd import gated_dkd_rows, gated_mean
@@ -78,6 +81,20 @@ def products(student: Tensor, head: Tensor, teacher: Tensor, teacher_head: Tenso
     return call
 
 
+def kept_products(student: Tensor, head: Tensor, teacher: Tensor, teacher_head: Tensor) -> Side:
+    """Those that it makes where the logits are kept: none twice."""
+
+    def call(_: int) -> Tensor:
+        with torch.no_grad():
+            logits, _teacher_logits = student @ head.t(), teacher @ teacher_head.t()
+            logits @ head
+            if head.requires_grad:
+                logits.t() @ student
+        return student
+
+    return call
+
+
 def setup(device: torch.device, n: int, V: int, ds: int, dt: int, head: str) -> Case:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     made = {"device": device, "dtype": dtype}
@@ -94,9 +111,11 @@ def setup(device: torch.device, n: int, V: int, ds: int, dt: int, head: str) -> 
 
         return call
 
-    def liger_linear(_: int) -> Tensor:
-        loss = liger("LigerFusedLinearCrossEntropyLoss")(student_head, student, labels)
-        return torch.autograd.grad(loss, leaves)[0]
+    def liger_loss(inputs: tuple[Tensor, ...], name: str, **options: Any) -> Side:
+        def call(_: int) -> Tensor:
+            return torch.autograd.grad(liger(name, **options)(*inputs), leaves)[0]
+
+        return peer(call)
 
     def chunks() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         heads = student_head.detach().double().t(), teacher_head.double().t()
@@ -108,10 +127,12 @@ def setup(device: torch.device, n: int, V: int, ds: int, dt: int, head: str) -> 
         weight = student_head.detach().double()
         return torch.cat([x @ weight for x in exact_gradients(chunks, n, True)])
 
+    models = (student, student_head, teacher, teacher_head)
     trained = len(leaves)  # hidden states; head
     absent = too_much(device, n * V)
     sides = {
         "grace": side(linear_gated_dkd),
+        "grace, logits kept": side(partial(linear_gated_dkd, keep_logits=True)),
         "whole logits": side(whole_logits(fused)),
         "eager": side(whole_logits(plain(eager))),
         "compile": side(whole_logits(plain(compiled()))),
@@ -120,8 +141,21 @@ def setup(device: torch.device, n: int, V: int, ds: int, dt: int, head: str) -> 
         sides={name: call for name, call in sides.items() if name not in absent},
         absent=absent,
         yardsticks={
-            "its matrix products": products(student, student_head, teacher, teacher_head),
-            "liger linear cross-entropy": liger_linear,
+            "its matrix products": products(*models),
+            "its matrix products, logits kept": kept_products(*models),
+            "liger linear cross-entropy": liger_loss(
+                (student_head, student, labels), "LigerFusedLinearCrossEntropyLoss"
+            ),
+            "liger linear JSD": liger_loss(
+                (*models, labels), "LigerFusedLinearJSD", jsd_beta=0.0, temperature=T
+            ),
+            "liger linear cross-entropy + JSD": liger_loss(
+                (*models, labels),
+                "LigerFusedLinearJSDLoss",
+                module="chunked_loss",
+                beta=0.0,
+                temperature=T,
+            ),
         },
         exact=exact,
         bytes=2 * V * (2 * ds + dt) * dtype.itemsize,

@@ -1,5 +1,5 @@
 """What the benchmarks of gated DKD compare with: the formula as one writes it first, its exact
-gradient, and Liger-Kernel's cross-entropies."""
+gradient, and Liger-Kernel's losses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import Absent
+from benchmarks import harness
+from benchmarks.harness import Absent, Side
 from grace.ops.gated_dkd import reference, reference_backward
 
 T, ALPHA, BETA = 2.0, 1.0, 4.0
@@ -44,7 +45,7 @@ def eager(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
 
 def compiled() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """``eager`` with each chunk compiled by torch.compile."""
-    return functools.partial(_mean, torch.compile(_sums))
+    return functools.partial(_mean, harness.compiled(_sums))
 
 
 def _mean(sums: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
@@ -71,10 +72,27 @@ def _double(chunk: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tenso
     return chunk[0].double(), chunk[1].double(), chunk[2]
 
 
-def liger(name: str) -> Any:
-    """An instance of a loss of ``liger_kernel.transformers``; Absent where it is not installed."""
+def liger(name: str, module: str = "transformers", **options: Any) -> Any:
+    """An instance of a loss of ``liger_kernel.<module>``; Absent where it is not installed."""
     try:
-        module = importlib.import_module("liger_kernel.transformers")
+        found = importlib.import_module(f"liger_kernel.{module}")
     except ImportError as reason:
         raise Absent(f"liger-kernel cannot be imported ({reason})") from reason
-    return getattr(module, name)()
+    if not hasattr(found, name):
+        raise Absent(f"liger-kernel has no {module}.{name}")
+    return getattr(found, name)(**options)
+
+
+def peer(call: Side) -> Side:
+    """The call, Absent where it fails: a peer's error shall not end a benchmark."""
+
+    def guarded(i: int) -> Any:
+        try:
+            return call(i)
+        except torch.OutOfMemoryError:
+            raise
+        except (AttributeError, ImportError, RuntimeError, TypeError, ValueError) as error:
+            first = str(error).strip().partition("\n")[0]
+            raise Absent(f"{type(error).__name__}: {first}") from error
+
+    return guarded

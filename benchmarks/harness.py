@@ -5,12 +5,14 @@ the index of a set of buffers. The harness verifies every side against the exact
 times them interleaved over rotating buffers (together larger than the last-level cache), reports
 medians and spread, the share of the floor that bytes and FLOP set, and the ratio to each side.
 On a GPU a side is timed by replaying a captured graph; sides that cannot be captured are timed by
-events round eager calls and say so. A peer that cannot run here, and a side whose result is wrong,
-is reported and not timed.
+events round eager calls and say so. What eager calls take, as a training loop sees it, is reported
+beside. A peer that cannot run here, a side that the memory does not hold, and one whose result is
+wrong are reported and not timed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import statistics
 import time
@@ -26,6 +28,8 @@ from tqdm import tqdm
 Side = Callable[[int], Any]
 
 OURS = "grace"  # the side that the others are peers of
+_EAGER_SAMPLES = 3  # of the figure beside that of a graph
+_NO_ROOM = "does not fit in this device's memory"
 
 
 class Absent(Exception):
@@ -84,6 +88,13 @@ class Ceiling:
         return max(case.bytes / self.bytes_per_second, case.flops / self.flops_per_second)
 
 
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile of it for just the shapes that it is called with: what was compiled for other
+    sizes, of which torch.compile would make one program for all, is forgotten."""
+    torch._dynamo.reset()
+    return torch.compile(function, dynamic=False)
+
+
 def buffer_sets(bytes_per_set: float, device: torch.device) -> int:
     """Sets of buffers needed so that none is found in the cache: three times its size together."""
     if device.type == "cuda":
@@ -113,11 +124,28 @@ def run(
         timed = {name: side for name, side in sides.items() if name not in left_out}
         rows = [{"size": dict(size), "side": name} | why for name, why in left_out.items()]
         floor = ceiling.floor(case)
-        for name, (samples, how) in measure(timed, case.sets, device, rounds).items():
-            row = _row(dict(size), name, samples, how, floor)
-            rows.append(row | peak_memory(timed[name], device))
-        _free_graphs(device)
+        measured = measure(timed, case.sets, device, rounds)
+        _free_memory()
+        for name, side in timed.items():
+            if name not in measured:
+                rows.append({"size": dict(size), "side": name, "absent": _NO_ROOM})
+                continue
+            row = _row(dict(size), name, *measured[name], floor)
+            rows.append(row | by_eager_calls(row, side, case.sets) | peak_memory(side, device))
+        _free_memory()
         yield rows
+
+
+def by_eager_calls(row: Mapping[str, Any], side: Side, sets: int) -> dict[str, float]:
+    """``{"us_eager_calls": …}``: from call to call, waits for the CPU included (GPU only)."""
+    if row["timed_by"] == "eager calls":
+        return {"us_eager_calls": row["us"]}
+    if row["timed_by"] != "graph replay":
+        return {}
+    sample = _eager_timer(side, sets)
+    sample()  # memory is asked for once
+    found = statistics.median(sample() for _ in range(_EAGER_SAMPLES))
+    return {"us_eager_calls": round(found * 1e6, 3)}
 
 
 def peak_memory(side: Side, device: torch.device) -> dict[str, float]:
@@ -160,8 +188,8 @@ def verify(case: Case, sides: Mapping[str, Side]) -> dict[str, dict[str, str]]:
     for name, side in sides.items():
         try:
             actual = side(0)
-        except Absent as reason:
-            left_out[name] = {"absent": str(reason)}
+        except (Absent, torch.OutOfMemoryError) as reason:
+            left_out[name] = {"absent": _why(reason)}
             continue
         error = relative_error(actual[0] if isinstance(actual, tuple) else actual, exact)
         if not error <= case.tolerance:
@@ -179,9 +207,16 @@ def missing(yardsticks: Mapping[str, Side]) -> dict[str, dict[str, str]]:
 def _why_absent(side: Side) -> str:
     try:
         side(0)
-    except Absent as reason:
-        return str(reason)
+    except (Absent, torch.OutOfMemoryError) as reason:
+        return _why(reason)
     return ""
+
+
+def _why(reason: Exception) -> str:
+    if isinstance(reason, Absent):
+        return str(reason)
+    _free_memory()
+    return _NO_ROOM
 
 
 def relative_error(actual: Tensor, exact: Tensor) -> float:
@@ -193,13 +228,27 @@ def relative_error(actual: Tensor, exact: Tensor) -> float:
 def measure(
     sides: Mapping[str, Side], sets: int, device: torch.device, rounds: int
 ) -> dict[str, tuple[list[float], str]]:
-    """Seconds a call of each side: ``rounds`` samples, taken in turn."""
-    timers = {name: _timer(side, sets, device) for name, side in sides.items()}
+    """Seconds a call of each side: ``rounds`` samples, taken in turn; without those for which there
+    is no memory beside the others."""
+    timers = {}
+    for name, side in sides.items():
+        with _dropped_without_memory(timers, name):
+            timers[name] = _timer(side, sets, device)
     samples: dict[str, list[float]] = {name: [] for name in timers}
     for _ in range(rounds):
-        for name, (sample, _how) in timers.items():
-            samples[name].append(sample())
-    return {name: (samples[name], timers[name][1]) for name in timers}
+        for name in list(timers):
+            with _dropped_without_memory(timers, name):
+                samples[name].append(timers[name][0]())
+    return {name: (samples[name], how) for name, (_, how) in timers.items()}
+
+
+@contextlib.contextmanager
+def _dropped_without_memory(timers: dict[str, Any], name: str) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        timers.pop(name, None)
+        _free_memory()
 
 
 def _timer(side: Side, sets: int, device: torch.device) -> tuple[Callable[[], float], str]:
@@ -209,9 +258,10 @@ def _timer(side: Side, sets: int, device: torch.device) -> tuple[Callable[[], fl
         return _cpu_timer(side, sets), "wall clock"
     try:
         return graph_timer(side, sets), "graph replay"
-    except RuntimeError:
+    except (Absent, RuntimeError):  # a peer may call any error of its own an absence
         torch.cuda.synchronize()
         _leave_capture(device)
+        _free_memory()
         return _eager_timer(side, sets), "eager calls"
 
 
@@ -278,9 +328,9 @@ def _capture_stream(device: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def _free_graphs(device: torch.device) -> None:
-    """Gives back the memory of graphs that are gone."""
-    if device.type == "cuda":
+def _free_memory() -> None:
+    """Gives back the memory of graphs and of tensors that are gone."""
+    if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import settings
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import grace.ops  # noqa: F401 (defines the ops)
 from grace import _library
@@ -83,3 +84,24 @@ def kernels(request: pytest.FixtureRequest) -> Kernels:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+class _ZerosMade(TorchDispatchMode):
+    """Collects the shapes of tensors of zeros that are made."""
+
+    def __enter__(self) -> list[list[int]]:  # type: ignore[override]
+        self.made: list[list[int]] = []
+        super().__enter__()
+        return self.made
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function.overloadpacket in (torch.ops.aten.zeros, torch.ops.aten.new_zeros):
+            self.made.append(list(result.shape))
+        return result
+
+
+@pytest.fixture
+def zeros_made() -> type[_ZerosMade]:
+    """``with zeros_made() as shapes``: of the tensors of zeros that are made inside."""
+    return _ZerosMade

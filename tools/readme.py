@@ -99,8 +99,9 @@ def training_results(contents: list[dict]) -> str:
         f"commit {facts['commit'][:7]}, medians. The floor is that of the bytes or products that "
         "no implementation avoids; memory is what a call allocates, its results included."
     )
-    columns = ["op", "size", "floor, µs", "grace, µs", "eager, µs", "speed-up", "grace, MiB"]
-    lines = [[*columns, "eager, MiB"], ["---"] * 2 + ["---:"] * 6]
+    columns = ["op", "size", "floor, µs", "grace, µs", "eager, µs", "speed-up"]
+    columns += ["compile, µs", "speed-up", "grace, MiB", "eager, MiB"]
+    lines = [columns, ["---"] * 2 + ["---:"] * (len(columns) - 2)]
     for content in contents:
         sides: dict[str, dict[str, dict]] = {}
         for row in content["rows"]:
@@ -115,14 +116,14 @@ def training_results(contents: list[dict]) -> str:
 
 
 def training_line(rows: dict[str, dict]) -> list[str]:
-    """Of one size: times, speed-up and memory; a dash for what was not timed."""
-    ours, eager = rows["grace"], rows.get("eager", {})
-    times = [f"{ours['floor_us']:.0f}", f"{ours['us']:.0f}"]
-    if "us" not in eager:
-        return [*times, "–", "–", f"{ours['peak_mib']:.0f}", "–"]
-    speed_up = f"{eager['us'] / ours['us']:.1f}×"
-    memory = [f"{row['peak_mib']:.0f}" for row in (ours, eager)]
-    return [*times, f"{eager['us']:.0f}", speed_up, *memory]
+    """Of one size: times, speed-ups and memory; a dash for what was not timed."""
+    ours = rows["grace"]
+    cells = [f"{ours['floor_us']:.0f}", f"{ours['us']:.0f}"]
+    for side in ("eager", "compile"):
+        time = rows.get(side, {}).get("us")
+        cells += ["–", "–"] if time is None else [f"{time:.0f}", f"{time / ours['us']:.1f}×"]
+    memory = (row.get("peak_mib") for row in (ours, rows.get("eager", {})))
+    return cells + ["–" if mib is None else f"{mib:.0f}" for mib in memory]
 
 
 def filled(text: str) -> str:

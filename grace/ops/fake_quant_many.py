@@ -140,17 +140,22 @@ def _(
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     weights, log_scales, *ctx.settings = inputs
     ctx.save_for_backward(*weights, *log_scales)  # the optimizer holds them: nothing is kept
+    ctx.set_materialize_grads(False)  # a ŵ that nothing used has None
 
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
-    saved = ctx.saved_tensors
-    weights, log_scales = list(saved[: len(grads)]), list(saved[len(grads) :])
-    given = [
-        torch.zeros_like(w) if g is None else g.contiguous()
-        for g, w in zip(grads, weights, strict=True)
-    ]
-    made = torch.ops.grace.fake_quant_many_backward(given, weights, log_scales, *ctx.settings)
-    return (*made, None, None, None)
+    """Of the weights whose ŵ was used; the others have no gradient."""
+    weights, log_scales = ctx.saved_tensors[: len(grads)], ctx.saved_tensors[len(grads) :]
+    used = {i: grad.contiguous() for i, grad in enumerate(grads) if grad is not None}
+    made = torch.ops.grace.fake_quant_many_backward(
+        list(used.values()),
+        [weights[i] for i in used],
+        [log_scales[i] for i in used],
+        *ctx.settings,
+    )
+    places = (dict(zip(used, of_used, strict=True)) for of_used in made)
+    found = ([by_place.get(i) for i in range(len(grads))] for by_place in places)
+    return (*found, None, None, None)
 
 
 torch.library.register_autograd(

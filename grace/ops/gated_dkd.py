@@ -145,7 +145,7 @@ def gated_dkd_rows(
         ignore_index,
         in_place and not torch.compiler.is_compiling(),
     )
-    return loss, gates.detach(), cross_entropy
+    return loss, gates, cross_entropy
 
 
 def gated_mean(loss: Tensor, gates: Tensor, gate: bool = True) -> Tensor:
@@ -341,13 +341,30 @@ def _(*arguments: Any) -> None:
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     student, teacher, labels, *ctx.settings, ctx.in_place = inputs
     ctx.save_for_backward(student, teacher, labels, output[3])
+    only_losses_train(ctx, output)
+
+
+def only_losses_train(ctx: Any, output: tuple[Tensor, ...]) -> None:
+    """Of (loss, gate, ce, saved) gate and saved get no gradient, not even a tensor of zeros; what
+    only one of loss and ce gets is None for the other."""
+    ctx.mark_non_differentiable(output[1], output[3])
+    ctx.set_materialize_grads(False)
+
+
+def row_gradients(
+    grad_loss: Tensor | None, grad_ce: Tensor | None, saved: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Both, [n] and contiguous as kernels read them, with zeros for one that is None."""
+    given = (grad_loss, grad_ce)
+    loss, ce = (saved.new_zeros(saved.shape[0]) if g is None else g.contiguous() for g in given)
+    return loss, ce
 
 
 def _backward(
-    ctx: Any, grad_loss: Tensor, _gate: Tensor, grad_ce: Tensor, _saved: Tensor
+    ctx: Any, grad_loss: Tensor | None, _gate: None, grad_ce: Tensor | None, _saved: None
 ) -> tuple[Tensor | None, ...]:
-    grads = (grad_loss.contiguous(), grad_ce.contiguous())
-    student, teacher = ctx.saved_tensors[:2]
+    student, teacher, _, saved = ctx.saved_tensors
+    grads = row_gradients(grad_loss, grad_ce, saved)
     if ctx.in_place:
         classes, shared = student.shape[1], min(student.shape[1], teacher.shape[1])
         grad = student.detach()

@@ -3,7 +3,7 @@
     logits = hidden · headᵀ      cross_entropy = Σ −log softmax(student logits)_label / items
     gdkd = Σ g·L / Σ g           with L and g of ``gated_dkd`` on the same logits
 
-The normalizers are taken outside the op, so autograd knows them. Two ways to the gradient:
+The normalizers are taken outside the op, so autograd knows them. Three ways to the gradient:
 
     the head trains      The forward keeps four numbers a row (``saved`` of ``gated_dkd``) and the
                          backward makes the logits again, of all rows and a slice of the classes at
@@ -12,6 +12,9 @@ The normalizers are taken outside the op, so autograd knows them. Two ways to th
     the head is frozen   The forward has the logits at hand: it keeps the gradients of a row's L and
                          of its cross-entropy in its hidden state, two vectors a row, and the
                          backward only weighs them.
+    logits kept          Asked for by ``keep_logits``: whole logits of both models wait for the
+                         backward, which puts the gradient where the student's are. No product is
+                         made twice, and memory grows with rows times classes.
 
 Which rows are computed: labels on the host are read there, and only rows that count are computed.
 Labels on a GPU cannot be read without waiting for it, so every row given is computed and those that
@@ -38,8 +41,17 @@ from grace.ops._checks import (
     require_same_dtype,
     require_same_rows,
 )
-from grace.ops.gated_dkd import SAVED_COLUMNS, check_labels, check_settings, gated_mean
+from grace.ops.gated_dkd import (
+    SAVED_COLUMNS,
+    check_labels,
+    check_settings,
+    gated_dkd_rows,
+    gated_mean,
+    only_losses_train,
+    row_gradients,
+)
 
+_OP = "linear_gated_dkd"
 # Student and teacher logits together; a gradient beside them adds half as much again.
 _CHUNK_BYTES = 384 * 2**20
 _EVEN = 128  # rows of a chunk and classes of a slice come in multiples of it where they can
@@ -77,6 +89,7 @@ def linear_gated_dkd(
     chunk_size: int | None = None,
     num_items: int | Tensor | None = None,
     gate: bool = True,
+    keep_logits: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(cross_entropy, gdkd); differentiable in the student's hidden states and head.
 
@@ -95,6 +108,9 @@ def linear_gated_dkd(
         num_items: divisor of the cross-entropy sum, for means over several micro-batches or ranks;
             None divides by the number of rows that are not ignored. It does not touch gdkd.
         gate: False weighs all rows of gdkd equally (g = 1).
+        keep_logits: keeps both models' logits of the rows computed from forward to backward, in 16
+            bits 2·n·(Vs + min(Vs, Vt)) bytes: no product is made twice. Both losses then share one
+            backward; a second one is an error. Where no gradient is needed, nothing is kept.
 
     Returns:
         Two scalars, float32 (float64 for float64 input); both exactly 0, with zero gradient, where
@@ -103,34 +119,67 @@ def linear_gated_dkd(
     Raises:
         ValueError: for any other shape, dtype, device or setting.
     """
-    op = "linear_gated_dkd"
     student_head, teacher_head = _whole(student_head), _whole(teacher_head)
-    _check_side(op, "student", student_hidden, student_head, student_hidden)
-    _check_side(op, "teacher", teacher_hidden, teacher_head, student_hidden)
-    check_labels(op, labels, "student_hidden", student_hidden)
-    on_device = labels.device == student_hidden.device or labels.device.type == "cpu"
-    allowed = f"be on {student_hidden.device} or on the host"
-    require(on_device, op, "labels", allowed, labels.device)
-    check_settings(op, temperature, alpha, beta)
+    tensors = (student_hidden, student_head, teacher_hidden.detach(), teacher_head.detach())
+    _check_tensors(*tensors, labels)
+    check_settings(_OP, temperature, alpha, beta)
+    _check_chunk_size(chunk_size, keep_logits)
     if chunk_size is None:
         chunk_size = default_chunk_size(student_head, teacher_head)
-    require(chunk_size >= 1, op, "chunk_size", "be at least 1", chunk_size)
-    loss, gates, cross_entropy, _ = torch.ops.grace.linear_gated_dkd(
-        student_hidden,
-        student_head,
-        teacher_hidden.detach(),
-        teacher_head.detach(),
-        labels.contiguous(),
-        temperature,
-        alpha,
-        beta,
-        ignore_index,
-        chunk_size,
-        student_hidden.requires_grad and not student_head.requires_grad and torch.is_grad_enabled(),
-    )
+    settings = (temperature, alpha, beta, ignore_index)
+    trains = [tensor.requires_grad and torch.is_grad_enabled() for tensor in tensors[:2]]
+    if keep_logits and any(trains):
+        loss, gates, cross_entropy = _rows_of_kept_logits(*tensors, labels, *settings)
+    else:
+        keep_gradients = trains == [True, False]
+        loss, gates, cross_entropy, _ = torch.ops.grace.linear_gated_dkd(
+            *tensors, labels.contiguous(), *settings, chunk_size, keep_gradients
+        )
     if num_items is None:
         num_items = (labels != ignore_index).sum().clamp_min(1)
-    return cross_entropy.sum() / num_items, gated_mean(loss, gates.detach(), gate)
+    return cross_entropy.sum() / num_items, gated_mean(loss, gates, gate)
+
+
+def _rows_of_kept_logits(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: Tensor,
+    labels: Tensor,
+    temperature: float,
+    alpha: float,
+    beta: float,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(L, g, cross-entropy) of the rows to compute, whose logits autograd keeps."""
+    inputs = (student_hidden, teacher_hidden, labels)
+    student, teacher, labels = _rows_to_compute(*inputs, ignore_index)
+    logits = _Logits.apply(student, student_head)
+    with _no_autocast(student):
+        teacher_logits = teacher @ teacher_head[: student_head.shape[0]].t()
+    return gated_dkd_rows(
+        logits,
+        teacher_logits,
+        labels,
+        temperature=temperature,
+        alpha=alpha,
+        beta=beta,
+        ignore_index=ignore_index,
+        in_place=True,
+    )
+
+
+def _rows_to_compute(
+    student: Tensor, teacher: Tensor, labels: Tensor, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states and labels of the rows that count, or, where the host does not know them, of
+    all, the student's zero where they do not: a row's gradient 0 is multiplied by them."""
+    on_device = labels.to(student.device, non_blocking=True)
+    if not torch.compiler.is_compiling():  # which cannot know a shape that values decide
+        rows = _counting(labels, student, ignore_index)
+        if isinstance(rows, Tensor):
+            return student.index_select(0, rows), teacher.index_select(0, rows), on_device[rows]
+    return torch.where((on_device != ignore_index)[:, None], student, 0.0), teacher, on_device
 
 
 def default_chunk_size(student_head: Tensor, teacher_head: Tensor) -> int:
@@ -170,18 +219,39 @@ def _whole(head: Tensor) -> Tensor:
     return sharded.full_tensor(grad_placements=[Partial("avg")] * sharded.device_mesh.ndim)
 
 
-def _check_side(op: str, side: str, hidden: Tensor, head: Tensor, student: Tensor) -> None:
+def _check_tensors(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: Tensor,
+    labels: Tensor,
+) -> None:
+    _check_side("student", student_hidden, student_head, student_hidden)
+    _check_side("teacher", teacher_hidden, teacher_head, student_hidden)
+    check_labels(_OP, labels, "student_hidden", student_hidden)
+    on_device = labels.device == student_hidden.device or labels.device.type == "cpu"
+    allowed = f"be on {student_hidden.device} or on the host"
+    require(on_device, _OP, "labels", allowed, labels.device)
+
+
+def _check_side(side: str, hidden: Tensor, head: Tensor, student: Tensor) -> None:
     """Checks one model's hidden states and head, against each other and the student's."""
     for name, tensor in ((f"{side}_hidden", hidden), (f"{side}_head", head)):
-        require_dims(op, name, tensor, 2)
-        require_floating(op, name, tensor)
-        require_same_dtype(op, "student_hidden", student, name, tensor)
-        require_same_device(op, "student_hidden", student, name, tensor)
-    require_same_rows(op, "student_hidden", student, f"{side}_hidden", hidden)
+        require_dims(_OP, name, tensor, 2)
+        require_floating(_OP, name, tensor)
+        require_same_dtype(_OP, "student_hidden", student, name, tensor)
+        require_same_device(_OP, "student_hidden", student, name, tensor)
+    require_same_rows(_OP, "student_hidden", student, f"{side}_hidden", hidden)
     features, classes = hidden.shape[1], head.shape[0]
     matches = head.shape[1] == features
-    require(matches, op, f"{side}_head", f"have {features} features", head.shape[1])
-    require(classes >= 2, op, f"{side}_head", "have at least 2 classes", classes)
+    require(matches, _OP, f"{side}_head", f"have {features} features", head.shape[1])
+    require(classes >= 2, _OP, f"{side}_head", "have at least 2 classes", classes)
+
+
+def _check_chunk_size(chunk_size: int | None, keep_logits: bool) -> None:
+    if chunk_size is not None:
+        require(not keep_logits, _OP, "chunk_size", "be None with keep_logits", chunk_size)
+        require(chunk_size >= 1, _OP, "chunk_size", "be at least 1", chunk_size)
 
 
 def _counting(labels: Tensor, hidden: Tensor, ignore_index: int) -> Tensor | slice:
@@ -330,6 +400,26 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None = None
     return product if out is None else out.copy_(product)
 
 
+class _Logits(torch.autograd.Function):
+    """hidden · headᵀ; the products of its gradients are without autocast too."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, head)
+        with _no_autocast(hidden):
+            return hidden @ head.t()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        hidden, head = ctx.saved_tensors
+        for_hidden, for_head = ctx.needs_input_grad
+        with _no_autocast(grad):
+            return (
+                _product(grad, head, grad.dtype) if for_hidden else None,
+                _product(grad.t(), hidden, grad.dtype) if for_head else None,
+            )
+
+
 def _empty_outputs(hidden: Tensor, keep_gradients: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = hidden.new_empty(hidden.shape[0], dtype=accumulate_dtype(hidden.dtype))
     kept = (2, hidden.shape[1]) if keep_gradients else (SAVED_COLUMNS,)
@@ -356,22 +446,34 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     tensors, ctx.settings, ctx.keep_gradients = inputs[:5], inputs[5:-1], inputs[-1]
     ctx.dtype = tensors[0].dtype
     ctx.save_for_backward(*(() if ctx.keep_gradients else tensors), output[3])
+    only_losses_train(ctx, output)
 
 
 def _backward(
-    ctx: Any, grad_loss: Tensor, _gate: Tensor, grad_ce: Tensor, _saved: Tensor
+    ctx: Any, grad_loss: Tensor | None, _gate: None, grad_ce: Tensor | None, _saved: None
 ) -> tuple[Tensor | None, ...]:
     if ctx.keep_gradients:
-        kept = ctx.saved_tensors[0]
-        grad = torch.addcmul(grad_ce[:, None] * kept[:, 1], grad_loss[:, None], kept[:, 0])
-        return (grad.to(ctx.dtype), *(None,) * 11)
+        grad = _weighed(ctx.saved_tensors[0], grad_loss, grad_ce)
+        return (None if grad is None else grad.to(ctx.dtype), *(None,) * 11)
     needs = ctx.needs_input_grad[:2]
-    # The gradient of a sum is one number, expanded; kernels read rows one after another.
     grads = torch.ops.grace.linear_gated_dkd_backward(
-        grad_loss.contiguous(), grad_ce.contiguous(), *ctx.saved_tensors, *ctx.settings, *needs
+        *row_gradients(grad_loss, grad_ce, ctx.saved_tensors[-1]),
+        *ctx.saved_tensors,
+        *ctx.settings,
+        *needs,
     )
     found = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
     return (*found, *(None,) * 10)
+
+
+def _weighed(kept: Tensor, grad_loss: Tensor | None, grad_ce: Tensor | None) -> Tensor | None:
+    """The two vectors of each row, weighed by its gradients; None where it has none."""
+    total = None if grad_ce is None else grad_ce[:, None] * kept[:, 1]
+    if grad_loss is None:
+        return total
+    if total is None:
+        return grad_loss[:, None] * kept[:, 0]
+    return torch.addcmul(total, grad_loss[:, None], kept[:, 0])
 
 
 torch.library.register_autograd(

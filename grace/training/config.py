@@ -78,6 +78,14 @@ class GraceConfig(TrainingArguments):
     alpha: float = field(default=1.0, metadata={"help": "Weight of the target-class term."})
     beta_dkd: float = field(default=4.0, metadata={"help": "Weight of the non-target term."})
 
+    keep_logits: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep both heads' logits of supervised tokens until the backward (gdkd): no "
+            "product is made twice, for 2·n·(Vs + Vt) bytes in 16 bits. False: a chunk at a time."
+        },
+    )
+
     # Relational alignment
     omega: float = field(default=1.0, metadata={"help": "Weight of RCKA; 0: without it."})
     omega_warmup_steps: int = field(

@@ -1,4 +1,5 @@
-"""The terms of the loss, from hidden states: no term ever holds logits of more than a chunk.
+"""The terms of the loss, from hidden states: no term holds logits of more than a chunk, unless
+`keep_logits` asks for it.
 
     L = CE + β · distillation + ω · RCKA
 
@@ -96,7 +97,7 @@ def token_terms(
     """Cross-entropy `ce` and, with a teacher, `distillation`; averages over the n tokens.
 
     Args:
-        config: says which distillation, and its temperature, weights and gate.
+        config: says which distillation, its temperature, weights and gate, and `keep_logits`.
         hidden: the student's last hidden states [n, ds] at supervised positions; they and
             everything below are cast to `config.loss_dtype` here.
         head: the student's head [Vs, ds].
@@ -123,6 +124,7 @@ def token_terms(
         alpha=config.alpha,
         beta=config.beta_dkd,
         gate=config.gate,
+        keep_logits=config.keep_logits,
     )
     return {"ce": ce, "distillation": gdkd}
 

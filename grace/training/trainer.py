@@ -27,8 +27,9 @@ class GraceTrainer(AtomicTrainer):
         loss = CE + β · distillation + ω · RCKA
 
     All terms come from hidden states: neither model makes logits of more than a chunk of
-    supervised tokens. β moves once an optimizer step, by `AdaptiveIBController` on the step's mean
-    distillation loss over all micro-batches and ranks, and is saved with every checkpoint.
+    supervised tokens, or with `keep_logits` of all of them. β moves once an optimizer step, by
+    `AdaptiveIBController` on the step's mean distillation loss over all micro-batches and ranks,
+    and is saved with every checkpoint.
 
     A distillation or alignment term that is not finite is dropped for its micro-batch, counted
     and logged (`dropped_terms`); a cross-entropy that is not finite stops the run.

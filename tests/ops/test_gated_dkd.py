@@ -414,6 +414,46 @@ def test_slices_in_place_make_up_the_gradient(kernels: Kernels, vs, vt, width, d
         assert_margins_untouched(around)
 
 
+LOSSES = {
+    "loss": lambda loss, ce: loss.sum(),
+    "ce": lambda loss, ce: ce.sum(),
+    "both": lambda loss, ce: loss.sum() + 0.3 * ce.sum(),
+}
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+@pytest.mark.parametrize("used", LOSSES)
+def test_losses_that_nothing_uses(used, compiles):
+    """Their gradients are zeros of a row each; gate and saved have none to be made."""
+    torch._dynamo.reset()
+    student, teacher, labels = to_double(*make_case())
+    student.requires_grad_()
+
+    def function(student: Tensor) -> Tensor:
+        loss, _, ce = gated_dkd_rows(student, teacher, labels)
+        return LOSSES[used](loss, ce)
+
+    run = torch.compile(function, fullgraph=True, backend="aot_eager") if compiles else function
+    (actual,) = torch.autograd.grad(run(student), student)
+    saved = torch.ops.grace.gated_dkd(student, teacher, labels, *SETTINGS)[3]
+    weights = {"loss": (1.0, 0.0), "ce": (0.0, 1.0), "both": (1.0, 0.3)}[used]
+    grads = (torch.full_like(saved[:, 0], weight) for weight in weights)
+    expected = reference_backward(*grads, student, teacher, labels, saved, *SETTINGS)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    assert torch.autograd.gradcheck(function, (student,))
+
+
+def test_no_gradient_is_made_for_gate_and_saved(zeros_made):
+    student, teacher, labels = make_case()
+    loss, gate, ce, saved = torch.ops.grace.gated_dkd(
+        student.requires_grad_(), teacher, labels, *SETTINGS
+    )
+    assert (gate.requires_grad, saved.requires_grad) == (False, False)
+    with zeros_made() as made:
+        torch.autograd.grad(loss.sum() + ce.sum(), student)
+    assert made == []
+
+
 def test_backward_in_place_is_where_the_logits_were():
     student, teacher, labels = make_case()
     expected = gradient(student, teacher, labels)

@@ -95,11 +95,33 @@ def test_frozen_head_is_accurate(device, chunk_size, dtype):
     assert_accurate(actual, exact, gradient(through_whole_logits, case), name="grad_hidden")
 
 
+@pytest.mark.parametrize("trains", ["hidden", "head", "both"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kept_logits_are_accurate(device, trains, dtype):
+    case = make_case(dtype=dtype, device=device)
+    which = {"hidden": [0], "head": [1], "both": [0, 1]}[trains]
+
+    def results(function: Any, case: Case, **options: Any) -> list[Tensor]:
+        tensors = [tensor.detach().clone() for tensor in case]
+        leaves = [tensors[i].requires_grad_() for i in which]
+        losses = function(*tensors, **options)
+        return [*losses, *torch.autograd.grad(0.7 * losses[0] + 1.3 * losses[1], leaves)]
+
+    actual = results(linear_gated_dkd, case, keep_logits=True)
+    exact = results(through_whole_logits, to_double(*[x.cpu() for x in case]))
+    working = results(through_whole_logits, case)
+    names = ("cross_entropy", "gdkd", *(("grad_hidden", "grad_head")[i] for i in which))
+    for name, *values in zip(names, actual, exact, working, strict=True):
+        assert_accurate(*values, name=name)
+
+
+@pytest.mark.parametrize("options", [{"chunk_size": 2}, {"keep_logits": True}])
 @pytest.mark.parametrize(("temperature", "alpha", "beta", "gate"), [(1.5, 0.3, 2.0, False)])
-def test_settings_reach_the_op(temperature, alpha, beta, gate):
+def test_settings_reach_the_op(temperature, alpha, beta, gate, options):
     case = to_double(*make_case())
-    options = {"temperature": temperature, "alpha": alpha, "beta": beta, "gate": gate}
-    actual = with_gradients(linear_gated_dkd, case, chunk_size=2, **options)
+    settings = {"temperature": temperature, "alpha": alpha, "beta": beta, "gate": gate}
+    actual = with_gradients(linear_gated_dkd, case, **options, **settings)
+    options = settings
     torch.testing.assert_close(actual, with_gradients(through_whole_logits, case, **options))
 
 
@@ -112,8 +134,9 @@ def test_settings_reach_the_op(temperature, alpha, beta, gate):
 )
 def test_any_shape_in_any_chunks(n, vs, vt, chunk_size):
     case = to_double(*make_case(n, vs, vt))
-    actual = with_gradients(linear_gated_dkd, case, chunk_size=chunk_size)
-    torch.testing.assert_close(actual, with_gradients(through_whole_logits, case))
+    expected = with_gradients(through_whole_logits, case)
+    for options in ({"chunk_size": chunk_size}, {"keep_logits": True}):
+        torch.testing.assert_close(with_gradients(linear_gated_dkd, case, **options), expected)
 
 
 def test_gradient_by_finite_differences():
@@ -149,14 +172,18 @@ def test_frozen_head_or_hidden(frozen):
     assert case[frozen].grad is None
 
 
-def test_one_loss_alone_with_a_frozen_head():
+@pytest.mark.parametrize("keep_logits", [True, False])
+@pytest.mark.parametrize("trains", [True, False])
+@pytest.mark.parametrize("which", [0, 1])
+def test_one_loss_alone(which, trains, keep_logits, zeros_made):
     """The trainer drops a term that is not finite; what is left must not feel it."""
-    case = make_case()
-    for which in (0, 1):
-        hidden = case[0].clone().requires_grad_()
-        (grad,) = torch.autograd.grad(linear_gated_dkd(hidden, *case[1:])[which], hidden)
-        (expected,) = torch.autograd.grad(whole((hidden, *case[1:]))[which], hidden)
-        torch.testing.assert_close(grad, expected)
+    case = to_double(*make_case())
+    leaves = [case[0].requires_grad_(), *([case[1].requires_grad_()] if trains else [])]
+    loss = linear_gated_dkd(*case, keep_logits=keep_logits)[which]
+    with zeros_made() as made:
+        actual = torch.autograd.grad(loss, leaves)
+    torch.testing.assert_close(actual, torch.autograd.grad(whole(case)[which], leaves))
+    assert all(len(shape) == 1 for shape in made if shape != list(case[0].shape))
 
 
 def test_num_items_divides_the_cross_entropy_alone():
@@ -201,21 +228,23 @@ def test_ignored_rows_are_not_computed_on_the_host():
     assert all(x.isfinite().all() for x in results)
 
 
+@pytest.mark.parametrize("options", [{"chunk_size": 2}, {"keep_logits": True}])
 @pytest.mark.parametrize("trains", [True, False])
-def test_ignored_rows_leak_nothing(device, trains):
+def test_ignored_rows_leak_nothing(device, trains, options):
     case = make_case(device=device)
-    expected = with_gradients(linear_gated_dkd, case, chunk_size=2)
+    expected = with_gradients(linear_gated_dkd, case, **options)
     for hidden in (case[0], case[2]):
         hidden[case[4] == IGNORE] = math.nan
     leaves = [case[0].clone().requires_grad_(), case[1].clone().requires_grad_(trains)]
-    losses = linear_gated_dkd(*leaves, *case[2:], chunk_size=2)
+    losses = linear_gated_dkd(*leaves, *case[2:], **options)
     (0.7 * losses[0] + 1.3 * losses[1]).backward()
     actual = [*losses, leaves[0].grad, *([leaves[1].grad] if trains else [])]
     torch.testing.assert_close(actual, expected[: len(actual)])
 
 
+@pytest.mark.parametrize("options", [{"chunk_size": 2}, {"keep_logits": True}])
 @pytest.mark.parametrize("trains", [True, False])
-def test_rows_that_do_not_count_may_be_computed_too(monkeypatch, trains):
+def test_rows_that_do_not_count_may_be_computed_too(monkeypatch, trains, options):
     """What labels on a GPU lead to, here on the host."""
     case = list(make_case())
     case[1].requires_grad_(trains)
@@ -224,7 +253,7 @@ def test_rows_that_do_not_count_may_be_computed_too(monkeypatch, trains):
 
     def results() -> list[Tensor]:
         leaves = [case[0].clone().requires_grad_(), *([case[1]] if trains else [])]
-        losses = linear_gated_dkd(leaves[0], *case[1:], chunk_size=2)
+        losses = linear_gated_dkd(leaves[0], *case[1:], **options)
         return [*losses, *torch.autograd.grad(0.7 * losses[0] + 1.3 * losses[1], leaves)]
 
     expected = results()
@@ -251,11 +280,12 @@ def test_labels_may_stay_on_the_host():
     torch.testing.assert_close(actual, expected)
 
 
-def test_autocast_changes_nothing():
+@pytest.mark.parametrize("keep_logits", [True, False])
+def test_autocast_changes_nothing(keep_logits):
     case = make_case()
-    expected = with_gradients(linear_gated_dkd, case)
+    expected = with_gradients(linear_gated_dkd, case, keep_logits=keep_logits)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        actual = with_gradients(linear_gated_dkd, case)
+        actual = with_gradients(linear_gated_dkd, case, keep_logits=keep_logits)
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
@@ -306,6 +336,47 @@ def test_memory_is_that_of_a_chunk_and_the_gradients(trains):
     assert sizes[0] <= max(chunk_size * vocabulary * 4, vectors)
 
 
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket is torch.ops.aten.mm
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_kept_logits_are_made_once_and_become_their_gradient(trains):
+    n, vocabulary, features = 64, 4096, 16
+    shapes = ((n, features), (vocabulary, features)) * 2
+    case = (*map(torch.randn, shapes), torch.randint(0, vocabulary, (n,)))
+    case[0].requires_grad_()
+    case[1].requires_grad_(trains)
+    with Storages(*case) as storages, Products() as products:
+        sum(linear_gated_dkd(*case, keep_logits=True)).backward()
+    assert products.count == 3 + trains
+    logits = n * vocabulary * 4
+    assert [size for size in storages.largest() if size >= logits] == [logits, logits]
+
+
+def test_kept_logits_have_one_backward():
+    case = make_case()
+    loss = sum(linear_gated_dkd(case[0].requires_grad_(), *case[1:], keep_logits=True))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_logits_are_not_kept_without_a_gradient():
+    case = make_case()
+    expected = linear_gated_dkd(*case)
+    with Products() as products, torch.no_grad():
+        actual = linear_gated_dkd(case[0].requires_grad_(), *case[1:], keep_logits=True)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    assert products.count == 0  # chunks are made inside the op
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_default_chunk_bounds_the_logits(dtype):
     heads = [torch.empty(rows, 8, dtype=dtype, device="meta") for rows in (151936, 152064)]
@@ -352,6 +423,21 @@ def test_compiles_with_a_frozen_head():
             hidden = case[0].requires_grad_()
             grads = [
                 torch.autograd.grad(sum(function(*case)), hidden)[0]
+                for function in (compiled, linear_gated_dkd)
+            ]
+            torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_compiles_with_kept_logits(trains):
+    torch._dynamo.reset()
+    compiled = torch.compile(linear_gated_dkd, fullgraph=True, backend="aot_eager", dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for n in (4, 6, 9):
+            case = make_case(n)
+            leaves = [case[0].requires_grad_(), *([case[1].requires_grad_()] if trains else [])]
+            grads = [
+                torch.autograd.grad(sum(function(*case, keep_logits=True)), leaves)
                 for function in (compiled, linear_gated_dkd)
             ]
             torch.testing.assert_close(*grads)
@@ -482,9 +568,10 @@ def test_kernels_are_given_contiguous_rows(monkeypatch, op):
     assert all(tensor.is_contiguous() for tensor in given)
 
 
-def test_repeats_bitwise(device):
+@pytest.mark.parametrize("options", [{"chunk_size": 2}, {"keep_logits": True}])
+def test_repeats_bitwise(device, options):
     case = make_case(dtype=torch.bfloat16, device=device)
-    first, second = (with_gradients(linear_gated_dkd, case, chunk_size=2) for _ in range(2))
+    first, second = (with_gradients(linear_gated_dkd, case, **options) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -502,6 +589,10 @@ def test_repeats_bitwise(device):
         ({"labels": torch.zeros(8).long()}, r"labels must have 9 rows like student_hidden, got 8"),
         ({"temperature": -1.0}, r"temperature must be positive and finite, got -1.0"),
         ({"chunk_size": 0}, r"chunk_size must be at least 1, got 0"),
+        (
+            {"chunk_size": 4, "keep_logits": True},
+            r"chunk_size must be None with keep_logits, got 4",
+        ),
     ],
 )
 def test_bad_arguments(changes, message):

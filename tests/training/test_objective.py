@@ -68,8 +68,11 @@ def test_the_loss_is_the_weighted_sum(
     torch.testing.assert_close(trainer.compute_loss(trainer.model, dict(batch)), expected)
 
 
-def test_gradients_of_the_whole_loss(make_trainer: Callable, batch: dict[str, Tensor]) -> None:
-    trainer = make_trainer()
+@pytest.mark.parametrize("keep_logits", [False, True])
+def test_gradients_of_the_whole_loss(
+    make_trainer: Callable, batch: dict[str, Tensor], keep_logits: bool
+) -> None:
+    trainer = make_trainer(keep_logits=keep_logits)
     names, parameters = zip(
         *[(n, p) for n, p in trainer.model.named_parameters() if p.requires_grad], strict=True
     )
