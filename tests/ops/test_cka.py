@@ -341,14 +341,18 @@ def test_rows_outside_the_images(kernels: Kernels):
     assert grad[83:].eq(0).all()
 
 
-def test_wrong_bounds_do_not_lead_outside(kernels: Kernels):
+@pytest.mark.parametrize("wrong", [[-7, 9, 4, 500], [0, 20, 0, 20, 0, 20], [20, 0]], ids=str)
+def test_wrong_bounds_do_not_lead_outside(kernels: Kernels, wrong):
     if not kernels.cuda_kernels:
         pytest.skip("the reference raises, as test_bad_arguments checks")
-    student, teacher, _ = kernels.put(*make_case([20]))
-    wrong = torch.tensor([-7, 9, 4, 500], dtype=torch.int32, device=student.device)
+    repeat = 8  # so that images that overlap are more than the rows allow
+    student, teacher, _ = kernels.put(
+        *(x.repeat(repeat, 1) for x in make_case([20])[:2]), bounds([])
+    )
+    cu_seqlens = torch.tensor(wrong, dtype=torch.int32, device=student.device) * repeat
     cut = [windowed(x) for x in (student, teacher)]
-    value, _, grad = run(kernels, (*(inside for inside, _ in cut), wrong))
-    assert value.isfinite().all()
+    value, _, grad = run(kernels, (*(inside for inside, _ in cut), cu_seqlens))
+    assert value.shape == (len(wrong) - 1,)
     assert grad.shape == student.shape
     for _, buffer in cut:
         assert_margins_untouched(buffer)

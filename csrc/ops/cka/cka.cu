@@ -256,6 +256,7 @@ void launch_values(GramArguments gram, const Values& values, const Tensor& like)
   Tensor parts = empty_float(like, {int64_t{plan.parts()} * kTile * kTile});
   Tensor sums = empty_float(like, {int64_t{plan.pairs} * kSlices * 3});
   gram.sums = data<float>(sums);
+  gram.most_pairs = plan.pairs;
   launch_gram<false>(gram, plan, parts, device);
   finish_values(gram, feature, values, like);
 }
@@ -269,6 +270,7 @@ void launch_direction(DirectionArguments<T> x, GramPlan plan, const Tensor& weig
   const auto columns = static_cast<unsigned>(ceil_div(x.gram.student_width, kTile));
   const Images& images = x.gram.images;
   const int tile_rows = images.piece_bound<kTile>();
+  x.gram.most_pairs = plan.pairs;
   Weights& w = x.gram.weights;
   w.at = data<unsigned char>(weights);
   w.capacity = most < 1 ? 1 : (most < kMostWeights ? most : kMostWeights);

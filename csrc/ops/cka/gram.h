@@ -41,7 +41,8 @@ struct GramArguments {
   int student_width;
   int teacher_width;
   Images images;
-  float* sums;  // forward: [pairs, slices, 3]
+  float* sums;  // forward: [most_pairs, slices, 3]
+  int most_pairs;
   // backward
   const float* saved;  // [images, kSavedColumns]
   const float* along;  // [rows]
@@ -85,8 +86,9 @@ struct Sums {
 };
 
 __device__ __forceinline__ Sums sums_of(const GramArguments& x, int image) {
-  const float* const at = x.sums + int64_t{before(x, image).pairs} * kSlices * 3;
-  return {at, pairs_of(x.tiles(image)) * kSlices};
+  const int first = before(x, image).pairs, own = pairs_of(x.tiles(image));
+  const int left = first < x.most_pairs ? x.most_pairs - first : 0;
+  return {x.sums + int64_t{first} * kSlices * 3, (own < left ? own : left) * kSlices};
 }
 
 struct Pair {
@@ -306,7 +308,8 @@ struct Shared {
 };
 
 __device__ __forceinline__ Shared shared_pairs(const GramArguments& x, const Sharing& sharing) {
-  const int total = before(x, x.images.count).pairs, most = sharing.most;
+  const int all = before(x, x.images.count).pairs, most = sharing.most;
+  const int total = all < x.most_pairs ? all : x.most_pairs;  // images must not overlap, but may
   Shared shared = {};
   if (sharing.whole) {
     const int rest = total % sharing.round;

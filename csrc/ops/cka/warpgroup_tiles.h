@@ -245,7 +245,7 @@ GRACE_HOST_DEVICE int cut_slots(int clusters) { return 2 * clusters + 2 * (clust
 // Whether the tile has to be made.
 template <bool kBackward>
 __device__ __forceinline__ bool wanted(const Tile& tile, const Arguments& x) {
-  if (tile.number() >= x.most_pairs) return false;  // of images that overlap, which they must not
+  if (tile.number() >= x.most_pairs) return false;  // images must not overlap, but may
   if constexpr (!kBackward) return true;
   if (x.saved[tile.image.image * kSavedColumns + kCounted] == 0.0f) return false;
   return x.panels.has(tile.panel(tile.i, 0)) || x.panels.has(tile.panel(tile.j, 0));
