@@ -4,6 +4,7 @@
     data: {path: rows.json, image_root: images, on_error: raise, max_length: null}
     preset: paper                     output_dir: runs/name
     bits: 4                           … and any other field of GraceConfig
+    quantization: {overrides: {"down_proj$": {bits: 8}}}    (what is quantized, under one heading)
 
 Nothing is written before the configuration, the data and both models are known to be good. The run
 directory then holds `config.yaml`, `train.log`, `metrics.jsonl`, `curves.png`, `checkpoint-*` and
@@ -94,6 +95,7 @@ def parse_config(options: dict[str, Any]) -> RunConfig:
     student, teacher = options.pop("student"), options.pop("teacher", None)
     data = _data_config(options.pop("data"))
     preset = options.pop("preset", "paper")
+    options = _flat_quantization(options)
     check_keys(options)
     if not (options.get("fp16") or options.get("use_cpu")) and torch.cuda.is_available():
         options.setdefault("bf16", torch.cuda.is_bf16_supported())
@@ -117,6 +119,35 @@ def _data_config(options: Any) -> DataConfig:
     if not Path(options["path"]).is_file():
         raise FileNotFoundError(f"train: data.path must be a file, got {options['path']}")
     return DataConfig(**options)
+
+
+# Options that may stand under `quantization`, and the fields they are.
+_QUANTIZATION = {
+    "enabled": "quantization",
+    "bits": "bits",
+    "group_size": "group_size",
+    "scale_dtype": "scale_dtype",
+    "scale_init": "scale_init",
+    "scale_lr_ratio": "scale_lr_ratio",
+    "skip": "skip",
+    "overrides": "overrides",
+}
+
+
+def _flat_quantization(options: dict[str, Any]) -> dict[str, Any]:
+    """The options with those under `quantization`, where it is a mapping, among the others."""
+    nested = options.get("quantization")
+    if not isinstance(nested, dict):
+        return options
+    flat = {key: value for key, value in options.items() if key != "quantization"}
+    for key, value in nested.items():
+        if key not in _QUANTIZATION:
+            near = suggestion(key, list(_QUANTIZATION))
+            raise ValueError(f"train: unknown option quantization.{key}{near}")
+        if _QUANTIZATION[key] in flat:
+            raise ValueError(f"train: {key} must be given once, got it under quantization as well")
+        flat[_QUANTIZATION[key]] = value
+    return flat
 
 
 def _as_numbers(options: dict[str, Any]) -> dict[str, Any]:

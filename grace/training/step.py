@@ -61,6 +61,29 @@ class Teacher:
         self.layer = config.rcka_layer
         self.distils = config.distillation != "none"
         self.aligns = config.omega > 0
+        self._compared = False
+
+    def compare(self, inputs: Mapping[str, Any], adapter: Adapter) -> None:
+        """Require, at the first batch with images, that both models find the same visual tokens.
+
+        Args:
+            inputs: what both models take.
+            adapter: of the student.
+
+        Raises:
+            ValueError: another number of tokens or images: a teacher of another family, or with
+                another image token.
+        """
+        if self._compared:
+            return
+        expected, found = (one.visual_tokens(inputs) for one in (adapter, self.adapter))
+        if not same_tokens(expected, found):
+            raise ValueError(
+                "GraceTrainer: teacher must find the student's visual tokens, "
+                f"{_described(expected)}, got {_described(found)}; its family, image token, patch "
+                "and merge sizes must fit the student's processor"
+            )
+        self._compared = expected is not None
 
     def __call__(
         self, inputs: Mapping[str, Any], index: Tensor, visual: VisualTokens | None
@@ -91,7 +114,12 @@ def plan(
         config: the run's options.
         reduce: sums a tensor over ranks; called once, on every rank.
     """
-    drafts = [_draft(batch, adapter, teacher) for batch in batches]
+    # All indices first: finding them waits for the GPU, which then has no teacher to run yet.
+    looks = [_look(batch, adapter, teacher) for batch in batches]
+    drafts = [
+        (*look, _teacher_rows(batch, teacher, adapter, *look[::2]))
+        for batch, look in zip(batches, looks, strict=True)
+    ]
     single = len(batches) == 1 and reduce is identity
     counts = torch.stack([_counts(draft, adapter, teacher, config, single) for draft in drafts])
     total = reduce(counts.sum(0)).clamp_min(1e-9)
@@ -109,22 +137,42 @@ def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in batch.items() if name not in EXTRA_KEYS}
 
 
+_Look = tuple[Tensor, Tensor, VisualTokens | None]
 _Draft = tuple[Tensor, Tensor, VisualTokens | None, TeacherRows | None]
 
 
-def _draft(batch: Mapping[str, Any], adapter: Adapter, teacher: Teacher | None) -> _Draft:
+def _look(batch: Mapping[str, Any], adapter: Adapter, teacher: Teacher | None) -> _Look:
     index, targets = supervised(batch["labels"])
     visual = adapter.visual_tokens(batch) if teacher is not None and teacher.aligns else None
-    return index, targets, visual, _teacher_rows(batch, teacher, index, visual)
+    return index, targets, visual
+
+
+def same_tokens(a: VisualTokens | None, b: VisualTokens | None) -> bool:
+    """Whether two models find the same tokens in the same images."""
+    if a is None or b is None:
+        return a is b
+    return torch.equal(a.index, b.index) and torch.equal(a.cu_seqlens, b.cu_seqlens)
+
+
+def _described(visual: VisualTokens | None) -> str:
+    if visual is None:
+        return "none"
+    return f"{visual.index.numel()} tokens in {visual.cu_seqlens.numel() - 1} images"
 
 
 def _teacher_rows(
-    batch: Mapping[str, Any], teacher: Teacher | None, index: Tensor, visual: VisualTokens | None
+    batch: Mapping[str, Any],
+    teacher: Teacher | None,
+    adapter: Adapter,
+    index: Tensor,
+    visual: VisualTokens | None,
 ) -> TeacherRows | None:
     if teacher is None:
         return None
     if TEACHER_LAST not in batch:
-        return teacher(model_inputs(batch), index, visual)
+        inputs = model_inputs(batch)
+        teacher.compare(inputs, adapter)
+        return teacher(inputs, index, visual)
     rows = TeacherRows(batch[TEACHER_LAST], None if visual is None else batch[TEACHER_LAYER])
     if rows.last.shape[0] != index.numel():
         raise ValueError(
@@ -146,7 +194,8 @@ def _counts(
 ) -> Tensor:
     """Tokens, weight of the distillation term and images of a micro-batch, float64 [3]."""
     index, _, visual, rows = draft
-    tokens = torch.tensor(float(index.numel()), device=index.device)
+    # Filled on the device: a copy from the host would wait for the teacher's forward.
+    tokens = torch.full((), float(index.numel()), device=index.device)
     weight = tokens
     gated = config.distillation == "gdkd" and config.gate
     # One micro-batch is the whole step: its own normalisation by Σ gates is already the step's.

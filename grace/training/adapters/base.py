@@ -1,8 +1,6 @@
-"""What differs between families of vision-language models, for the trainer.
-
-An `Adapter` names the parts of a transformers model (decoder layers, head, vision tower) and tells
-which tokens of a batch are visual and where an image ends. A family needs a subclass only where it
-counts its visual tokens in another way.
+"""What every family of vision-language models has: an `Adapter` names the parts of a model of
+transformers (decoder layers, head, vision tower, projector) and tells which tokens of a batch are
+visual and where an image ends.
 """
 
 from __future__ import annotations
@@ -43,18 +41,28 @@ class HiddenStates:
 
 
 class Adapter:
-    """A `…ForConditionalGeneration` model of transformers: `model.model.language_model`, a head.
+    """A `…ForConditionalGeneration` model of transformers: `model.model`, `model.lm_head`.
+
+    A family's subclass names its parts, below `model.model`, and has `visual_tokens`.
 
     Args:
         model: the model; ValueError where it lacks a part.
+
+    Attributes:
+        language_part: the decoder, with its `layers`.
+        vision_parts: the vision tower.
+        projector_parts: what lies between it and the decoder, be it inside the tower; a part that
+            only some models of the family have may be absent.
     """
 
+    language_part = "language_model"
     vision_parts: tuple[str, ...] = ()
+    projector_parts: tuple[str, ...] = ()
 
     def __init__(self, model: nn.Module) -> None:
         self.config: Any = model.config
         self.base = _part(model, "model")
-        self.language_model = _part(self.base, "language_model")
+        self.language_model = _part(self.base, self.language_part)
         self.layers: nn.ModuleList = _part(self.language_model, "layers")
         self._head = _part(model, "lm_head")
         if self._head.bias is not None:
@@ -66,8 +74,20 @@ class Adapter:
         return self._head.weight
 
     def vision_modules(self) -> list[nn.Module]:
-        """Modules of the vision tower, without the projector between it and the decoder."""
+        """Modules of the vision tower; a projector may lie inside one."""
         return [_part(self.base, name) for name in self.vision_parts]
+
+    def projector_modules(self) -> list[nn.Module]:
+        """Modules between the vision tower and the decoder (merger, connector)."""
+        found = (_find(self.base, name) for name in self.projector_parts)
+        return [module for module in found if module is not None]
+
+    def freeze_vision(self) -> None:
+        """The vision tower keeps its weights in training; the projector learns."""
+        for module in self.vision_modules():
+            module.requires_grad_(False)
+        for module in self.projector_modules():
+            module.requires_grad_(True)
 
     def visual_tokens(self, batch: Mapping[str, Any]) -> VisualTokens | None:
         """The visual tokens of `batch`, image after image; None for a batch without any."""
@@ -101,67 +121,27 @@ class Adapter:
                 hook.remove()
 
 
-class LlavaAdapter(Adapter):
-    """LLaVA: every image takes the same number of tokens."""
-
-    vision_parts = ("vision_tower",)
-
-    def visual_tokens(self, batch: Mapping[str, Any]) -> VisualTokens | None:
-        """By `pixel_values`, [images, …]."""
-        pixels = batch.get("pixel_values")
-        if pixels is None:
-            return None
-        index = _flat_index(batch["input_ids"], self.config.image_token_id)
-        each = index.numel() // pixels.shape[0]
-        bounds = torch.arange(pixels.shape[0] + 1, dtype=torch.int32, device=index.device)
-        return VisualTokens(index, bounds * each)
-
-
-class QwenAdapter(Adapter):
-    """Qwen2-VL, Qwen2.5-VL, Qwen3-VL: a grid (t, h, w) an image or video, merged m × m."""
-
-    vision_parts = ("visual",)
-
-    def visual_tokens(self, batch: Mapping[str, Any]) -> VisualTokens | None:
-        """By the grids: all images, then all videos."""
-        config = self.config
-        kinds = {"image_grid_thw": config.image_token_id, "video_grid_thw": config.video_token_id}
-        merge = config.vision_config.spatial_merge_size**2
-        index, lengths = [], []
-        for name, token in kinds.items():
-            grid = batch.get(name)
-            if grid is not None and len(grid):
-                index.append(_flat_index(batch["input_ids"], token))
-                lengths.append(grid.prod(-1) // merge)
-        if not index:
-            return None
-        ends = torch.cat(lengths).cumsum(0)
-        return VisualTokens(torch.cat(index), nn.functional.pad(ends, (1, 0)).to(torch.int32))
-
-
-FAMILIES: dict[str, type[Adapter]] = {
-    "llava": LlavaAdapter,
-    "qwen2_vl": QwenAdapter,
-    "qwen2_5_vl": QwenAdapter,
-    "qwen3_vl": QwenAdapter,
-}
-
-
-def adapter_for(model: nn.Module) -> Adapter:
-    """The adapter of a model's family, by `config.model_type`; ValueError for an unknown one."""
-    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    if kind not in FAMILIES:
-        known = ", ".join(FAMILIES)
-        raise ValueError(f"GraceTrainer: model must be of a known family ({known}), got {kind!r}")
-    return FAMILIES[kind](model)
-
-
-def _flat_index(input_ids: Tensor, token: int) -> Tensor:
+def flat_index(input_ids: Tensor, token: int) -> Tensor:
+    """Where `token` stands in `input_ids` [B, S]: int64 [T] into its B*S tokens, in order."""
     return (input_ids.reshape(-1) == token).nonzero().squeeze(1)
 
 
+def equal_images(index: Tensor, each: int) -> VisualTokens:
+    """Visual tokens of images that have `each` tokens, one after another."""
+    images = index.numel() // max(1, each)
+    bounds = torch.arange(images + 1, dtype=torch.int32, device=index.device)
+    return VisualTokens(index, bounds * each)
+
+
+def _find(module: nn.Module, name: str) -> nn.Module | None:
+    found: Any = module
+    for step in name.split("."):
+        found = getattr(found, step, None)
+    return found
+
+
 def _part(module: nn.Module, name: str) -> Any:
-    part = getattr(module, name, None)
+    part = _find(module, name)
     if part is None:
         found = type(module).__name__
         raise ValueError(f"GraceTrainer: model must have a part {name!r}, got {found}")
