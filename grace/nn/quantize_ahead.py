@@ -101,12 +101,12 @@ def _quantize(layers: list[FakeQuantLinear], dtype: torch.dtype | None) -> None:
         kind = (layer.bits, layer.group_size, layer.scale_dtype, weight.dtype, weight.device)
         kinds.setdefault(kind, []).append(layer)
     for (bits, group_size, scale_dtype, *_), alike in kinds.items():
-        weights: list[Tensor] = fake_quant_many(
+        made: list[Tensor] = fake_quant_many(
             [layer.weight for layer in alike],
             [layer.log_scale for layer in alike],
             bits=bits,
             group_size=group_size,
             scale_dtype=scale_dtype,
         )
-        for layer, weight in zip(alike, weights, strict=True):
-            layer.ahead = weight if dtype is None else weight.to(dtype)
+        for layer, quantized in zip(alike, made, strict=True):
+            layer.ahead = quantized if dtype is None else quantized.to(dtype)

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from grace.training.config import GraceConfig
 
-_CHUNK_LOGITS = 2**24  # logits of one chunk: 64 MiB in fp32
+CHUNK_LOGITS = 2**24  # logits of one chunk: 64 MiB in fp32
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Share:
 
 
 def _chunks(rows: int, vocabulary: int) -> Iterator[slice]:
-    size = max(1, _CHUNK_LOGITS // vocabulary)
+    size = max(1, CHUNK_LOGITS // vocabulary)
     return (slice(start, start + size) for start in range(0, rows, size))
 
 

@@ -56,8 +56,15 @@ class RunConfig:
     source: dict[str, Any] = field(default_factory=dict, compare=False)
 
 
-def read_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+def read_config(
+    path: str | Path, overrides: Sequence[str] = (), *, files: bool = True
+) -> RunConfig:
     """The configuration in a YAML file with `key=value` (or `data.key=value`) on top.
+
+    Args:
+        path: the YAML file.
+        overrides: `key=value` each.
+        files: whether the data and both models must be where it points; False for a plan.
 
     Raises:
         FileNotFoundError: no such file, or no student, teacher or data file where it points.
@@ -71,7 +78,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ValueError(f"train: {path} must hold a mapping, got {type(options).__name__}")
     for override in overrides:
         _override(options, override)
-    return parse_config(options)
+    return parse_config(options, files=files)
 
 
 def _override(options: dict[str, Any], override: str) -> None:
@@ -83,17 +90,20 @@ def _override(options: dict[str, Any], override: str) -> None:
         options = options.setdefault(parent, {})
         if not isinstance(options, dict):
             raise ValueError(f"train: {parent} must be a mapping to set {key}, got {options!r}")
+    under = options.get("quantization")  # `bits=8` also where the file has it under its heading
+    if not parents and isinstance(under, dict) and name in under:
+        options = under
     options[name] = yaml.safe_load(value)
 
 
-def parse_config(options: dict[str, Any]) -> RunConfig:
+def parse_config(options: dict[str, Any], *, files: bool = True) -> RunConfig:
     """As `read_config`, from a mapping."""
     source, options = options, dict(options)
     for name in ("student", "data", "output_dir"):
         if not options.get(name):
             raise ValueError(f"train: {name} must be given, got {options.get(name)!r}")
     student, teacher = options.pop("student"), options.pop("teacher", None)
-    data = _data_config(options.pop("data"))
+    data = _data_config(options.pop("data"), files)
     preset = options.pop("preset", "paper")
     options = _flat_quantization(options)
     check_keys(options)
@@ -102,13 +112,13 @@ def parse_config(options: dict[str, Any]) -> RunConfig:
     training = GraceConfig.from_preset(preset, **_as_numbers(options))
     if training.needs_teacher and not teacher:
         raise ValueError("train: teacher must be given unless distillation is none and omega 0")
-    for name in filter(None, (student, teacher)):
+    for name in filter(None, (student, teacher) if files else ()):
         if Path(name).exists() or not is_hub_name(name):
             Checkpoint(name)  # raises where it is not whole
     return RunConfig(student, data, training, teacher, source)
 
 
-def _data_config(options: Any) -> DataConfig:
+def _data_config(options: Any, files: bool) -> DataConfig:
     options = {"path": options} if isinstance(options, str) else options
     known = [item.name for item in dataclasses.fields(DataConfig)]
     if not isinstance(options, dict) or not options.get("path"):
@@ -116,7 +126,7 @@ def _data_config(options: Any) -> DataConfig:
     for key in options:
         if key not in known:
             raise ValueError(f"train: unknown option data.{key}{suggestion(key, known)}")
-    if not Path(options["path"]).is_file():
+    if files and not Path(options["path"]).is_file():
         raise FileNotFoundError(f"train: data.path must be a file, got {options['path']}")
     return DataConfig(**options)
 

@@ -135,6 +135,20 @@ def test_a_step_under_a_wider_deeper_teacher_with_a_padded_vocabulary(
         assert torch.equal(after[name], value) == (id(after[name]) in frozen), name
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_in_mixed_precision(
+    kind: str, train: Callable[..., GraceTrainer], tmp_path: Path
+) -> None:
+    student = families.FAMILIES[kind]()
+    train(kind, student, families.FAMILIES[kind]().to(torch.bfloat16), bf16=True, max_steps=1)
+    assert {p.dtype for p in student.parameters()} == {torch.float32}
+    step = read_metrics(tmp_path / "metrics.jsonl")[0]
+    assert (step["dropped_terms"], step["gdkd"] > 0, step["rcka"] > 0) == (0, True, True)
+    # Student and teacher start as one model, but for four bits and what bf16 rounds.
+    assert step["gdkd"] < 0.05
+    assert step["rcka"] < 0.05
+
+
 def test_the_layer_is_read_behind_what_deepstack_adds() -> None:
     model, batch = families.qwen3_vl().eval(), model_inputs(families.batch("qwen3_vl"))
     seen = []

@@ -49,9 +49,10 @@ def test_a_run_without_quantization(root: Path) -> None:
     assert _read(root, quantization={"enabled": False}).training.quantization is False
 
 
-def test_an_override_reaches_under_the_heading(root: Path) -> None:
-    training = _read(root, "quantization.bits=3", quantization={"bits": 8}).training
-    assert training.bits == 3
+@pytest.mark.parametrize("override", ["quantization.bits=3", "bits=3"])
+def test_an_override_reaches_under_the_heading(root: Path, override: str) -> None:
+    training = _read(root, override, "skip=[down]", quantization={"bits": 8}).training
+    assert (training.bits, training.skip) == (3, ["down"])
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from grace.training.adapters.idefics import IdeficsAdapter
 from grace.training.adapters.llava import InternVLAdapter, LlavaAdapter
 from grace.training.adapters.qwen import QwenAdapter
 
-__all__ = ["FAMILIES", "Adapter", "HiddenStates", "VisualTokens", "adapter_for"]
+__all__ = ["FAMILIES", "Adapter", "HiddenStates", "VisualTokens", "adapter_for", "family"]
 
 FAMILIES: dict[str, type[Adapter]] = {
     "llava": LlavaAdapter,
@@ -26,9 +26,8 @@ FAMILIES: dict[str, type[Adapter]] = {
 }
 
 
-def adapter_for(model: nn.Module) -> Adapter:
-    """The adapter of a model's family, by `config.model_type`; ValueError for an unknown one."""
-    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+def family(kind: str) -> type[Adapter]:
+    """The adapter of models of a `model_type`; ValueError, which says what to do, for another."""
     if kind not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise ValueError(
@@ -37,4 +36,11 @@ def adapter_for(model: nn.Module) -> Adapter:
             "vision_parts and projector_parts and has visual_tokens(batch), entered in "
             "grace.training.adapters.FAMILIES under its model_type"
         )
-    return FAMILIES[kind](model)
+    return FAMILIES[kind]
+
+
+def adapter_for(model: nn.Module) -> Adapter:
+    """The adapter of a model, by `config.model_type`; ValueError as `family`, or for a part that
+    the model lacks."""
+    config = getattr(model, "config", None)
+    return family(getattr(config, "model_type", type(model).__name__))(model)

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-from grace.training.adapters.base import Adapter, VisualTokens, equal_images, flat_index
+from torch import Tensor, nn
+
+from grace.training.adapters.base import (
+    Adapter,
+    HiddenStates,
+    VisualTokens,
+    equal_images,
+    flat_index,
+)
 
 
 class IdeficsAdapter(Adapter):
@@ -26,3 +35,18 @@ class IdeficsAdapter(Adapter):
         vision = self.config.vision_config
         each = (vision.image_size // vision.patch_size) ** 2 // self.config.scale_factor**2
         return equal_images(flat_index(batch["input_ids"], self.config.image_token_id), each)
+
+    @contextmanager
+    def capture(self, layer: int) -> Iterator[HiddenStates]:
+        """As every family's; and what the connector gives has the embeddings' dtype, which
+        transformers needs and autocast over fp32 weights would change."""
+
+        def as_embedded(module: nn.Module, _: Any, output: Tensor) -> Tensor:
+            return output.to(next(module.parameters()).dtype)
+
+        hook = self.base.connector.register_forward_hook(as_embedded)
+        try:
+            with super().capture(layer) as states:
+                yield states
+        finally:
+            hook.remove()
