@@ -12,6 +12,7 @@ is reported and not timed.
 from __future__ import annotations
 
 import functools
+import gc
 import statistics
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -45,6 +46,12 @@ class Case:
     absent: Mapping[str, str] = field(default_factory=dict)  # peer → why it could not be run
     # Other work of this size, of which only the time means something here: not verified.
     yardsticks: Mapping[str, Side] = field(default_factory=dict)
+    eager: bool = False  # no capture is tried: the sides wait for the GPU
+    rounds: int | None = None  # samples a side at most, for what takes long
+    # Side → what else its row tells, found when all are timed, from all sides' medians in seconds.
+    facts: Mapping[str, Callable[[Mapping[str, float]], dict[str, Any]]] = field(
+        default_factory=dict
+    )
 
 
 @dataclass(frozen=True)
@@ -104,20 +111,35 @@ def run(
     chosen = selection or Selection()
     sizes = [size for size in benchmark.sweep[device.type] if chosen.has_size(size)]
     for size in tqdm(sizes, desc=benchmark.name, unit="size"):
-        case = benchmark.setup(device, **size)
-        sides = {name: side for name, side in case.sides.items() if chosen.has_side(name)}
-        absent = {n: {"absent": why} for n, why in case.absent.items() if chosen.has_side(n)}
-        yardsticks = {name: side for name, side in case.yardsticks.items() if chosen.has_side(name)}
-        left_out = absent | verify(case, sides) | missing(yardsticks)
-        sides |= yardsticks
-        timed = {name: side for name, side in sides.items() if name not in left_out}
-        rows = [{"size": dict(size), "side": name} | why for name, why in left_out.items()]
-        floor = ceiling.floor(case)
-        for name, (samples, how) in measure(timed, case.sets, device, rounds).items():
-            row = _row(dict(size), name, samples, how, floor)
-            rows.append(row | peak_memory(timed[name], device))
-        _free_graphs(device)
-        yield rows
+        yield _rows_of(benchmark, device, ceiling, rounds, chosen, size)
+        _free(device)
+
+
+def _rows_of(
+    benchmark: Benchmark,
+    device: torch.device,
+    ceiling: Ceiling,
+    rounds: int,
+    chosen: Selection,
+    size: Mapping[str, Any],
+) -> list[dict]:
+    """The rows of one size; what it built is gone when it returns."""
+    case = benchmark.setup(device, **size)
+    sides = {name: side for name, side in case.sides.items() if chosen.has_side(name)}
+    absent = {n: {"absent": why} for n, why in case.absent.items() if chosen.has_side(n)}
+    yardsticks = {name: side for name, side in case.yardsticks.items() if chosen.has_side(name)}
+    left_out = absent | verify(case, sides) | missing(yardsticks)
+    sides |= yardsticks
+    timed = {name: side for name, side in sides.items() if name not in left_out}
+    rows = [{"size": dict(size), "side": name} | why for name, why in left_out.items()]
+    floor = ceiling.floor(case)
+    samples = min(rounds, case.rounds or rounds)
+    measured = measure(timed, case.sets, device, samples, case.eager)
+    medians = {name: statistics.median(seconds) for name, (seconds, _) in measured.items()}
+    for name, (seconds, how) in measured.items():
+        row = _row(dict(size), name, seconds, how, floor) | peak_memory(timed[name], device)
+        rows.append(row | (case.facts[name](medians) if name in case.facts else {}))
+    return rows
 
 
 def peak_memory(side: Side, device: torch.device) -> dict[str, float]:
@@ -191,10 +213,10 @@ def relative_error(actual: Tensor, exact: Tensor) -> float:
 
 
 def measure(
-    sides: Mapping[str, Side], sets: int, device: torch.device, rounds: int
+    sides: Mapping[str, Side], sets: int, device: torch.device, rounds: int, eager: bool = False
 ) -> dict[str, tuple[list[float], str]]:
     """Seconds a call of each side: ``rounds`` samples, taken in turn."""
-    timers = {name: _timer(side, sets, device) for name, side in sides.items()}
+    timers = {name: _timer(side, sets, device, eager) for name, side in sides.items()}
     samples: dict[str, list[float]] = {name: [] for name in timers}
     for _ in range(rounds):
         for name, (sample, _how) in timers.items():
@@ -202,11 +224,15 @@ def measure(
     return {name: (samples[name], timers[name][1]) for name in timers}
 
 
-def _timer(side: Side, sets: int, device: torch.device) -> tuple[Callable[[], float], str]:
+def _timer(
+    side: Side, sets: int, device: torch.device, eager: bool = False
+) -> tuple[Callable[[], float], str]:
     for i in range(sets):  # warm up: compilation, handles, lazy initialization
         side(i)
     if device.type == "cpu":
         return _cpu_timer(side, sets), "wall clock"
+    if eager:
+        return _eager_timer(side, sets), "eager calls"
     try:
         return graph_timer(side, sets), "graph replay"
     except RuntimeError:
@@ -278,8 +304,9 @@ def _capture_stream(device: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def _free_graphs(device: torch.device) -> None:
-    """Gives back the memory of graphs that are gone."""
+def _free(device: torch.device) -> None:
+    """Gives back the memory of graphs that are gone, and of models, which hold each other."""
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 

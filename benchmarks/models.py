@@ -92,6 +92,21 @@ CONFIGS: dict[str, Config] = {
     "LLaVA-1.5-13B": _llava(_text(5120, 13824, 40, 40, 40, 32064)),
 }
 
+# The same families at sizes that a CPU trains in a moment.
+_TINY = _text(128, 256, 3, 2, 1, 512)
+_TOKENS = {"image_token_id": 500, "video_token_id": 501, "vision_start_token_id": 502}
+_TINY_TOWER = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2}
+_TINY_TOWER |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 64}
+_TINY_CLIP = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+_TINY_CLIP |= {"num_attention_heads": 2, "image_size": 56, "model_type": "clip_vision_model"}
+for _name, _tiny in (("student", _TINY), ("teacher", _TINY | {"num_hidden_layers": 4})):
+    CONFIGS[f"tiny Qwen3-VL {_name}"] = {**_qwen3_vl(_tiny, _TINY_TOWER, True), **_TOKENS}
+    CONFIGS[f"tiny LLaVA {_name}"] = _llava(_tiny) | {
+        "image_token_index": 500,
+        "image_seq_length": 16,
+        "vision_config": {**_TINY_CLIP, "patch_size": 14, "projection_dim": 32},
+    }
+
 
 def config_of(name: str) -> Any:
     """The transformers config of a model above, or of a mapping with a `model_type`."""
