@@ -11,7 +11,9 @@ import families
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForImageTextToText
 
+from grace.quantization import pack
 from grace.training import GraceConfig, GraceTrainer
 from grace.training.adapters import FAMILIES, adapter_for
 from grace.training.callbacks import read_metrics
@@ -147,6 +149,25 @@ def test_a_step_in_mixed_precision(
     # Student and teacher start as one model, but for four bits and what bf16 rounds.
     assert step["gdkd"] < 0.05
     assert step["rcka"] < 0.05
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_student_goes_through_a_directory_and_into_a_packed_model(
+    kind: str, train: Callable[..., GraceTrainer], tmp_path: Path
+) -> None:
+    families.FAMILIES[kind]().save_pretrained(tmp_path / "plain")
+    load = AutoModelForImageTextToText.from_pretrained
+    student, teacher = (load(tmp_path / "plain", dtype=torch.float32) for _ in range(2))
+    trainer = train(kind, student, teacher, max_steps=1, overrides={"o_proj$": None})
+    trainer.save_model(str(tmp_path / "final"))
+    again = load(tmp_path / "final", dtype=torch.float32).eval()
+    inputs = model_inputs(families.batch(kind))
+    with torch.no_grad():
+        expected, loaded = (model(**inputs).logits for model in (student.eval(), again))
+        assert len(pack(again)) == 4 * 6
+        packed = again(**inputs).logits
+    assert torch.equal(expected, loaded)
+    torch.testing.assert_close(packed, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_layer_is_read_behind_what_deepstack_adds() -> None:
