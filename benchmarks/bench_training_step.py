@@ -4,8 +4,10 @@ authors' step in plain PyTorch; beside it the student's fine-tuning and the teac
 Models have the public configs' sizes and random weights; the vision tower is frozen, decoder layers
 are checkpointed, attention is sdpa. Half of a segment's tokens or so are supervised. All sides work
 on the same Parameters, in `masters` dtype: bfloat16 as the authors train, or float32 under autocast
-as `GraceTrainer` does. Memory of a side is beside both models (`resident_mib`). Ours is compared
-with the authors' step by the gradient that all three terms reach first.
+as `GraceTrainer` does. Scales stay float32, as theirs: on a coarser grid many weights lie half way
+between two codes, and all sides would not quantize alike. Memory of a side is beside both models
+(`resident_mib`). Ours is compared with the authors' step by the gradient that all three terms reach
+first.
 """
 
 from __future__ import annotations
@@ -27,7 +29,6 @@ from benchmarks.training_step import (
     build,
     make_batch,
     replace_layers,
-    scales_on_grid,
     with_own_layers,
 )
 from grace.nn.quantize_ahead import release
@@ -52,11 +53,15 @@ class Step:
         self.plain, theirs = (with_own_layers(self.student) for _ in range(2))
         options = {"bf16": mixed, "use_cpu": device.type == "cpu", "report_to": "none"}
         config = GraceConfig(
-            output_dir="unused", group_size=GROUP, scale_init="absmax", disable_tqdm=True, **options
+            output_dir="unused",
+            group_size=GROUP,
+            scale_init="absmax",
+            scale_dtype=None,
+            disable_tqdm=True,
+            **options,
         )
         self.trainer = GraceTrainer(self.student, config, build(teacher, device, dtype))
         nn.Module.to(self.student, masters)  # the trainer holds fp32; log-scales stay so
-        scales_on_grid(self.student)
         replace_layers(theirs, self.student)
         for model in (self.student, self.plain, theirs):
             model.train()

@@ -80,14 +80,6 @@ def replace_layers(model: nn.Module, quantized: nn.Module) -> None:
             model.set_submodule(name, EagerLinear(layer))
 
 
-@torch.no_grad()
-def scales_on_grid(model: nn.Module) -> None:
-    """Log-scales whose scales are bfloat16 numbers already: all sides then quantize alike."""
-    for layer in model.modules():
-        if isinstance(layer, FakeQuantLinear):
-            layer.log_scale.copy_(layer.log_scale.exp().to(torch.bfloat16).float().log())
-
-
 def make_batch(config: Any, shape: Shape, device: torch.device, dtype: torch.dtype) -> dict:
     """Random text and pixels; images of Qwen are squares, segments have positions of their own."""
     random = torch.Generator().manual_seed(1)
