@@ -100,13 +100,14 @@ def _quantize(layers: list[FakeQuantLinear], dtype: torch.dtype | None) -> None:
         weight = layer.weight
         kind = (layer.bits, layer.group_size, layer.scale_dtype, weight.dtype, weight.device)
         kinds.setdefault(kind, []).append(layer)
-    for (bits, group_size, scale_dtype, *_), alike in kinds.items():
+    for (bits, group_size, scale_dtype, weight_dtype, _), alike in kinds.items():
         made: list[Tensor] = fake_quant_many(
             [layer.weight for layer in alike],
             [layer.log_scale for layer in alike],
             bits=bits,
             group_size=group_size,
             scale_dtype=scale_dtype,
+            dtype=dtype if weight_dtype == torch.float32 else None,
         )
         for layer, quantized in zip(alike, made, strict=True):
             layer.ahead = quantized if dtype is None else quantized.to(dtype)

@@ -137,6 +137,6 @@ def logits(student: ModelSize, teacher: ModelSize | None, config: GraceConfig, l
 def workspace(student: ModelSize, load: Load, shards: int) -> int:
     """Bytes of context and libraries, of one layer's q·s and its gradient as they are made, and,
     sharded, of one layer and its gradient gathered."""
-    quantizing = 2 * _MASTER * student.decoder.layer_weights if student.quantized else 0
+    quantizing = 2 * load.compute * student.decoder.layer_weights if student.quantized else 0
     gathered = 2 * _MASTER * student.decoder.layer_weights if shards > 1 else 0
     return _CONTEXT + quantizing + gathered
