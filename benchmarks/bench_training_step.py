@@ -33,7 +33,7 @@ from benchmarks.training_step import (
 )
 from grace.nn.quantize_ahead import release
 from grace.training import GraceConfig, GraceTrainer
-from grace.training.memory import Load, activations
+from grace.training.memory_plan import Load, activations
 from grace.training.model_sizes import ModelSize, empty_model, size_of
 
 _ROOM = 6 * 2**30  # bytes for logits in chunks, one layer's weights and libraries

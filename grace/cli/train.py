@@ -23,14 +23,14 @@ def train(
 
     Resume an interrupted run with `resume_from_checkpoint=true`.
     """
-    from grace.training.run import read_config, run
-
     if plan:
-        from grace.training.run_plan import describe, plan_run
+        from grace.training.run_plan import describe, plan_run, read_plan_config
 
-        made = plan_run(read_config(config, overrides or (), files=False), gpus=gpus, tokens=tokens)
-        typer.echo(describe(made))
+        found = read_plan_config(config, overrides or ())
+        typer.echo(describe(plan_run(found, gpus=gpus, tokens=tokens)))
         return
+
+    from grace.training.run import read_config, run
 
     final = run(read_config(config, overrides or ()))
     typer.echo(f"trained student: {final}\npack it with: grace export {final} OUT")

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from grace.training.step import IGNORE
@@ -23,8 +23,8 @@ class Collator:
     """
 
     def __init__(self, processor: Any) -> None:
-        padding = processor.tokenizer.pad_token_id
-        self.fill = {"input_ids": processor.tokenizer.eos_token_id if padding is None else padding}
+        pad = processor.tokenizer.pad_token_id
+        self.fill = {"input_ids": processor.tokenizer.eos_token_id if pad is None else pad}
         self.fill["labels"] = IGNORE
 
     def __call__(self, rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -36,10 +36,10 @@ class Collator:
         return {name: self._join(name, found) for name, found in tensors.items()}
 
     def _join(self, name: str, tensors: list[Tensor]) -> Tensor:
-        if tensors[0].dim() == 0:
-            return torch.stack(tensors)
         if name == "pixel_attention_mask" or (name == "pixel_values" and tensors[0].dim() == 5):
             return torch.cat(_same_tiles(tensors))
+        if tensors[0].dim() == 0:
+            return torch.stack(tensors)
         if name in ("pixel_values", "pixel_values_videos") or name.endswith("_grid_thw"):
             return torch.cat(tensors)
         return pad_sequence(tensors, batch_first=True, padding_value=self.fill.get(name, 0))
@@ -49,4 +49,6 @@ def _same_tiles(tensors: list[Tensor]) -> list[Tensor]:
     """Of Idefics3 and SmolVLM, each [1, tiles, …]: as many tiles each, padded by zeros."""
     most = max(tensor.shape[1] for tensor in tensors)
     paddings = ((0, 0) * (t.dim() - 2) + (0, most - t.shape[1]) for t in tensors)
-    return [pad(tensor, padding) for tensor, padding in zip(tensors, paddings, strict=True)]
+    return [
+        functional.pad(tensor, padding) for tensor, padding in zip(tensors, paddings, strict=True)
+    ]

@@ -56,19 +56,22 @@ class RunConfig:
     source: dict[str, Any] = field(default_factory=dict, compare=False)
 
 
-def read_config(
-    path: str | Path, overrides: Sequence[str] = (), *, files: bool = True
-) -> RunConfig:
+def read_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The configuration in a YAML file with `key=value` (or `data.key=value`) on top.
-
-    Args:
-        path: the YAML file.
-        overrides: `key=value` each.
-        files: whether the data and both models must be where it points; False for a plan.
 
     Raises:
         FileNotFoundError: no such file, or no student, teacher or data file where it points.
         ValueError: not a mapping, an unknown or missing key, or a value out of range.
+    """
+    return parse_config(read_options(path, overrides))
+
+
+def read_options(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The mapping in a YAML file with `key=value` on top, whatever its keys.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a mapping, or an override that is not key=value.
     """
     path = Path(path)
     if not path.is_file():
@@ -78,7 +81,7 @@ def read_config(
         raise ValueError(f"train: {path} must hold a mapping, got {type(options).__name__}")
     for override in overrides:
         _override(options, override)
-    return parse_config(options, files=files)
+    return options
 
 
 def _override(options: dict[str, Any], override: str) -> None:
@@ -96,29 +99,29 @@ def _override(options: dict[str, Any], override: str) -> None:
     options[name] = yaml.safe_load(value)
 
 
-def parse_config(options: dict[str, Any], *, files: bool = True) -> RunConfig:
+def parse_config(options: dict[str, Any]) -> RunConfig:
     """As `read_config`, from a mapping."""
     source, options = options, dict(options)
     for name in ("student", "data", "output_dir"):
         if not options.get(name):
             raise ValueError(f"train: {name} must be given, got {options.get(name)!r}")
     student, teacher = options.pop("student"), options.pop("teacher", None)
-    data = _data_config(options.pop("data"), files)
+    data = _data_config(options.pop("data"))
     preset = options.pop("preset", "paper")
-    options = _flat_quantization(options)
+    options = flat_quantization(options)
     check_keys(options)
     if not (options.get("fp16") or options.get("use_cpu")) and torch.cuda.is_available():
         options.setdefault("bf16", torch.cuda.is_bf16_supported())
-    training = GraceConfig.from_preset(preset, **_as_numbers(options))
+    training = GraceConfig.from_preset(preset, **as_numbers(options))
     if training.needs_teacher and not teacher:
         raise ValueError("train: teacher must be given unless distillation is none and omega 0")
-    for name in filter(None, (student, teacher) if files else ()):
+    for name in filter(None, (student, teacher)):
         if Path(name).exists() or not is_hub_name(name):
             Checkpoint(name)  # raises where it is not whole
     return RunConfig(student, data, training, teacher, source)
 
 
-def _data_config(options: Any, files: bool) -> DataConfig:
+def _data_config(options: Any) -> DataConfig:
     options = {"path": options} if isinstance(options, str) else options
     known = [item.name for item in dataclasses.fields(DataConfig)]
     if not isinstance(options, dict) or not options.get("path"):
@@ -126,7 +129,7 @@ def _data_config(options: Any, files: bool) -> DataConfig:
     for key in options:
         if key not in known:
             raise ValueError(f"train: unknown option data.{key}{suggestion(key, known)}")
-    if files and not Path(options["path"]).is_file():
+    if not Path(options["path"]).is_file():
         raise FileNotFoundError(f"train: data.path must be a file, got {options['path']}")
     return DataConfig(**options)
 
@@ -144,7 +147,7 @@ _QUANTIZATION = {
 }
 
 
-def _flat_quantization(options: dict[str, Any]) -> dict[str, Any]:
+def flat_quantization(options: dict[str, Any]) -> dict[str, Any]:
     """The options with those under `quantization`, where it is a mapping, among the others."""
     nested = options.get("quantization")
     if not isinstance(nested, dict):
@@ -160,7 +163,7 @@ def _flat_quantization(options: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _as_numbers(options: dict[str, Any]) -> dict[str, Any]:
+def as_numbers(options: dict[str, Any]) -> dict[str, Any]:
     """YAML reads 1e-4 as text: make numbers of the texts given for fields that are numbers."""
     kinds = {item.name: item.type for item in dataclasses.fields(GraceConfig)}
     numbers = {"float": float, "int": int, float: float, int: int}

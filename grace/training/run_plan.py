@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from grace.training.memory import Load, estimate
+from grace.training.config import GraceConfig, check_keys
+from grace.training.memory_plan import Load, estimate
 from grace.training.model_sizes import ModelSize, empty_model, read_config, size_of
-from grace.training.run import RunConfig
+from grace.training.run import as_numbers, flat_quantization, read_options
 
 TOKENS = 2048  # of a row where neither the command nor data.max_length says
 
@@ -25,11 +27,47 @@ class Plan:
     other: dict[str, int]
 
 
-def plan_run(config: RunConfig, *, gpus: int = 1, tokens: int | None = None) -> Plan:
-    """The plan of a run. Nothing is loaded but configs.
+@dataclass(frozen=True)
+class PlanConfig:
+    """What of a run's YAML a plan looks at."""
+
+    student: str
+    teacher: str | None
+    training: GraceConfig
+    compute: int  # bytes of a number in products
+    max_length: int | None
+
+
+def read_plan_config(path: str | Path, overrides: Sequence[str] = ()) -> PlanConfig:
+    """From a run's YAML, of which neither data nor weights need exist.
+
+    Raises:
+        ValueError, FileNotFoundError: as `grace.training.run.read_config` for the file, its keys
+            and their values.
+    """
+    options = read_options(path, overrides)
+    student, teacher = options.pop("student", None), options.pop("teacher", None)
+    data = options.pop("data", None)
+    if not student:
+        raise ValueError(f"plan: student must be given, got {student!r}")
+    options.pop("teacher_cache", None)  # of no meaning here
+    preset = options.pop("preset", "paper")
+    options = flat_quantization(options)
+    check_keys(options)
+    training = GraceConfig.from_preset(preset, **as_numbers(options))
+    if training.needs_teacher and not teacher:
+        raise ValueError("plan: teacher must be given unless distillation is none and omega 0")
+    # Autocast is on by default wherever a GPU has bf16, which this machine may not.
+    half = (options.get("bf16", True) or training.fp16) and not training.use_cpu
+    length = data.get("max_length") if isinstance(data, dict) else None
+    return PlanConfig(student, teacher, training, 2 if half else 4, length)
+
+
+def plan_run(config: PlanConfig, *, gpus: int = 1, tokens: int | None = None) -> Plan:
+    """The plan of a run. Nothing is loaded but the models' configs.
 
     Args:
-        config: as `grace.training.run.read_config` gives it; its data and weights need not exist.
+        config: as `read_plan_config` gives it.
         gpus: ranks; parameters are sharded over them where `fsdp` is set.
         tokens: of a row; None: `data.max_length`, or 2048.
 
@@ -37,7 +75,7 @@ def plan_run(config: RunConfig, *, gpus: int = 1, tokens: int | None = None) -> 
         ValueError, FileNotFoundError: models or quantization that do not fit; gpus or tokens < 1.
     """
     training = config.training
-    length = tokens or config.data.max_length or TOKENS
+    length = tokens if tokens is not None else config.max_length or TOKENS
     for name, value in (("gpus", gpus), ("tokens", length)):
         if value < 1:
             raise ValueError(f"plan: {name} must be at least 1, got {value}")
@@ -45,29 +83,23 @@ def plan_run(config: RunConfig, *, gpus: int = 1, tokens: int | None = None) -> 
     model = empty_model(read_config(config.student))
     student = size_of(model, freeze_vision=training.freeze_vision, settings=settings)
     teacher = None
-    if training.needs_teacher and config.teacher is not None:
-        teacher = size_of(empty_model(read_config(config.teacher)))
+    if training.needs_teacher:
+        teacher = size_of(empty_model(read_config(str(config.teacher))))
     rows = training.per_device_train_batch_size
-    load = Load(rows, length, _compute(config), gpus, bool(training.fsdp))
-    both = [_with_checkpointing(student, teacher, config, load, on) for on in (False, True)]
+    load = Load(rows, length, config.compute, gpus, bool(training.fsdp))
+    both = [_with_checkpointing(student, teacher, training, load, on) for on in (False, True)]
     on = bool(training.gradient_checkpointing)
     return Plan(student, teacher, load, on, both[on], both[not on])
 
 
-def _compute(config: RunConfig) -> int:
-    """Bytes of a number in products: autocast is on by default wherever a GPU has bf16."""
-    asked = config.source.get("bf16", True) or config.training.fp16
-    return 2 if asked and not config.training.use_cpu else 4
-
-
 def _with_checkpointing(
-    student: ModelSize, teacher: ModelSize | None, config: RunConfig, load: Load, on: bool
+    student: ModelSize, teacher: ModelSize | None, training: GraceConfig, load: Load, on: bool
 ) -> dict[str, int]:
-    saved, config.training.gradient_checkpointing = config.training.gradient_checkpointing, on
+    saved, training.gradient_checkpointing = training.gradient_checkpointing, on
     try:
-        return estimate(student, teacher, config.training, load)
+        return estimate(student, teacher, training, load)
     finally:
-        config.training.gradient_checkpointing = saved
+        training.gradient_checkpointing = saved
 
 
 def describe(plan: Plan) -> str:

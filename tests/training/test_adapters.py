@@ -113,6 +113,30 @@ def test_the_tower_is_frozen_and_the_projector_is_not(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_text_alone_runs_the_projector_where_ranks_need_it(kind: str) -> None:
+    model = families.FAMILIES[kind]()
+    adapter, inputs = adapter_for(model), {"input_ids": torch.full((1, 4), 7)}
+    adapter.freeze_vision()
+    projector = [p for part in adapter.projector_modules() for p in part.parameters()]
+    with torch.no_grad():
+        expected = model(**inputs).logits
+    for needed in (False, True):
+        with adapter.vision_always(inputs, needed):
+            logits = model(**inputs).logits
+        assert torch.equal(logits.detach(), expected)
+        found = torch.autograd.grad(logits.sum(), projector, allow_unused=True)
+        assert [grad is not None for grad in found] == [needed] * len(projector)
+        assert all(grad is None or not grad.any() for grad in found)
+
+
+def test_classes_of_layers() -> None:
+    assert adapter_for(families.smolvlm()).layer_classes() == {
+        "LlamaDecoderLayer",
+        "SmolVLMEncoderLayer",
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_step_under_a_wider_deeper_teacher_with_a_padded_vocabulary(
     kind: str, train: Callable[..., GraceTrainer], tmp_path: Path
 ) -> None:

@@ -188,18 +188,3 @@ def test_a_row_is_the_same_however_often_it_is_read(dataset: Callable) -> None:
     first, second = dataset[5], dataset[5]
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-def test_tiles_are_padded_by_tiles_of_zeros(processor: Any) -> None:
-    rows = [
-        {
-            "input_ids": torch.arange(3),
-            "pixel_values": torch.ones(1, tiles, 3, 4, 4),
-            "pixel_attention_mask": torch.ones(1, tiles, 4, 4, dtype=torch.long),
-        }
-        for tiles in (1, 3)
-    ]
-    batch = Collator(processor)(rows)
-    assert batch["pixel_values"].shape == (2, 3, 3, 4, 4)
-    assert batch["pixel_values"].sum((2, 3, 4)).tolist() == [[48, 0, 0], [48, 48, 48]]
-    assert batch["pixel_attention_mask"].sum((2, 3)).tolist() == [[16, 0, 0], [16, 16, 16]]

@@ -28,7 +28,13 @@ class VisualTokens:
 
 
 class HiddenStates:
-    """What one forward left behind: the normed last hidden states and those of one layer."""
+    """What one forward left behind: the normed last hidden states and those of one layer.
+
+    `heads` are the weights that the last ones are multiplied by, the student's [V, d] and the
+    teacher's where it distils; whole, whoever shards them.
+    """
+
+    heads: tuple[Tensor, Tensor | None]
 
     def __init__(self) -> None:
         self.last: Tensor | None = None
@@ -89,9 +95,52 @@ class Adapter:
         for module in self.projector_modules():
             module.requires_grad_(True)
 
+    def layer_classes(self) -> set[str]:
+        """Names of the classes of decoder layers and of the vision tower's layers."""
+        lists = [part for tower in self.vision_modules() for part in tower.modules()]
+        towers = [part for part in lists if isinstance(part, nn.ModuleList) and len(part)]
+        return {type(layers[0]).__name__ for layers in (self.layers, *towers)}
+
     def visual_tokens(self, batch: Mapping[str, Any]) -> VisualTokens | None:
         """The visual tokens of `batch`, image after image; None for a batch without any."""
         raise NotImplementedError
+
+    def blank_image(self, device: torch.device) -> dict[str, Tensor]:
+        """The smallest black image, as arguments of the model's `get_image_features`."""
+        raise NotImplementedError
+
+    @contextmanager
+    def vision_always(self, batch: Mapping[str, Any], needed: bool) -> Iterator[None]:
+        """Within the context, the vision tower runs even for a batch without pixels: on a blank
+        image, whose features count zero times.
+
+        Every rank then has the same parameters in its graph and gathers the same shards in the
+        same order; a rank with nothing but text would let the others wait for ever.
+
+        Args:
+            batch: inputs of the model.
+            needed: whether there are other ranks; False does nothing.
+        """
+        if not needed or any(
+            batch.get(name) is not None for name in ("pixel_values", "pixel_values_videos")
+        ):
+            yield
+            return
+
+        def add_nothing(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            embeds = kwargs["inputs_embeds"]
+            found = self.base.get_image_features(
+                **self.blank_image(embeds.device), return_dict=True
+            )
+            features = [*found.pooler_output, *(getattr(found, "deepstack_features", None) or ())]
+            nothing = 0 * torch.stack([feature.float().sum() for feature in features]).sum()
+            return args, {**kwargs, "inputs_embeds": embeds + nothing.to(embeds.dtype)}
+
+        hook = self.language_model.register_forward_pre_hook(add_nothing, with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
 
     @contextmanager
     def capture(self, layer: int) -> Iterator[HiddenStates]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from grace.training.adapters.base import (
@@ -35,6 +36,12 @@ class IdeficsAdapter(Adapter):
         vision = self.config.vision_config
         each = (vision.image_size // vision.patch_size) ** 2 // self.config.scale_factor**2
         return equal_images(flat_index(batch["input_ids"], self.config.image_token_id), each)
+
+    def blank_image(self, device: torch.device) -> dict[str, Tensor]:
+        """One row of one tile, white: tiles of zeros are padding and would be left out."""
+        vision = self.config.vision_config
+        shape = (1, 1, vision.num_channels, vision.image_size, vision.image_size)
+        return {"pixel_values": torch.ones(shape, device=device)}
 
     @contextmanager
     def capture(self, layer: int) -> Iterator[HiddenStates]:

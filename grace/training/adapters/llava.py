@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from grace.training.adapters.base import Adapter, VisualTokens, equal_images, flat_index
 
@@ -37,6 +38,12 @@ class LlavaAdapter(Adapter):
         index = flat_index(batch["input_ids"], self.config.image_token_id)
         return equal_images(index, index.numel() // max(1, pixels.shape[0]))
 
+    def blank_image(self, device: torch.device) -> dict[str, Tensor]:
+        """Of the size that the vision tower takes."""
+        vision = self.config.vision_config
+        shape = (1, vision.num_channels, vision.image_size, vision.image_size)
+        return {"pixel_values": torch.zeros(shape, device=device)}
+
 
 class InternVLAdapter(Adapter):
     """InternVL: `image_seq_length` tokens a tile; each tile counts as an image of its own."""
@@ -50,3 +57,9 @@ class InternVLAdapter(Adapter):
             return None
         index = flat_index(batch["input_ids"], self.config.image_token_id)
         return equal_images(index, self.config.image_seq_length)
+
+    def blank_image(self, device: torch.device) -> dict[str, Tensor]:
+        """One tile."""
+        vision = self.config.vision_config
+        shape = (1, vision.num_channels, *vision.image_size)
+        return {"pixel_values": torch.zeros(shape, device=device)}

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from grace.training.adapters.base import Adapter, VisualTokens, flat_index
 
@@ -32,3 +32,13 @@ class QwenAdapter(Adapter):
             return None
         ends = torch.cat(lengths).cumsum(0)
         return VisualTokens(torch.cat(index), nn.functional.pad(ends, (1, 0)).to(torch.int32))
+
+    def blank_image(self, device: torch.device) -> dict[str, Tensor]:
+        """One token: merge × merge patches."""
+        vision = self.config.vision_config
+        merge = vision.spatial_merge_size
+        values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        return {
+            "pixel_values": torch.zeros(merge * merge, values, device=device),
+            "image_grid_thw": torch.tensor([[1, merge, merge]], device=device),
+        }

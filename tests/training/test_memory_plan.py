@@ -17,7 +17,7 @@ from grace.nn.quantize_ahead import quantize_ahead
 from grace.quantization import quantize
 from grace.training import GraceConfig
 from grace.training.adapters import adapter_for
-from grace.training.memory import (
+from grace.training.memory_plan import (
     Load,
     activations,
     estimate,
