@@ -63,28 +63,6 @@ class Teacher:
         self.aligns = config.omega > 0
         self._compared = False
 
-    def compare(self, inputs: Mapping[str, Any], adapter: Adapter) -> None:
-        """Require, at the first batch with images, that both models find the same visual tokens.
-
-        Args:
-            inputs: what both models take.
-            adapter: of the student.
-
-        Raises:
-            ValueError: another number of tokens or images: a teacher of another family, or with
-                another image token.
-        """
-        if self._compared:
-            return
-        expected, found = (one.visual_tokens(inputs) for one in (adapter, self.adapter))
-        if not same_tokens(expected, found):
-            raise ValueError(
-                "GraceTrainer: teacher must find the student's visual tokens, "
-                f"{_described(expected)}, got {_described(found)}; its family, image token, patch "
-                "and merge sizes must fit the student's processor"
-            )
-        self._compared = expected is not None
-
     def __call__(
         self, inputs: Mapping[str, Any], index: Tensor, visual: VisualTokens | None
     ) -> TeacherRows:
@@ -96,6 +74,29 @@ class Teacher:
             last = states.rows("last", index)
             layer = states.rows("layer", visual.index) if self.aligns and visual else None
         return TeacherRows(last, layer)
+
+    def compare(self, batches: Sequence[Mapping[str, Any]], adapter: Adapter) -> None:
+        """Require, at the first batch with images, that both models find the same visual tokens.
+
+        Args:
+            batches: what both models take.
+            adapter: of the student.
+
+        Raises:
+            ValueError: another number of tokens or images: a teacher of another family, or with
+                another image token.
+        """
+        for batch in batches:
+            if self._compared or TEACHER_LAST in batch:  # the rows that a batch brings are its own
+                return
+            expected, found = (one.visual_tokens(batch) for one in (adapter, self.adapter))
+            if not same_tokens(expected, found):
+                raise ValueError(
+                    "GraceTrainer: teacher must find the student's visual tokens, "
+                    f"{_described(expected)}, got {_described(found)}; its family, image token, "
+                    "patch and merge sizes must fit the student's processor"
+                )
+            self._compared = expected is not None
 
 
 def plan(
@@ -114,11 +115,13 @@ def plan(
         config: the run's options.
         reduce: sums a tensor over ranks; called once, on every rank.
     """
-    # All indices first: finding them waits for the GPU, which then has no teacher to run yet.
-    looks = [_look(batch, adapter, teacher) for batch in batches]
-    drafts = [
-        (*look, _teacher_rows(batch, teacher, adapter, *look[::2]))
-        for batch, look in zip(batches, looks, strict=True)
+    if isinstance(teacher, Teacher):
+        teacher.compare(batches, adapter)
+    # Finding tokens waits for the device: it comes before the teacher's work is queued there.
+    places = [_place(batch, adapter, teacher) for batch in batches]
+    drafts: list[_Draft] = [
+        (*place, _teacher_rows(batch, teacher, place[0], place[2]))
+        for batch, place in zip(batches, places, strict=True)
     ]
     single = len(batches) == 1 and reduce is identity
     counts = torch.stack([_counts(draft, adapter, teacher, config, single) for draft in drafts])
@@ -137,42 +140,23 @@ def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in batch.items() if name not in EXTRA_KEYS}
 
 
-_Look = tuple[Tensor, Tensor, VisualTokens | None]
+_Place = tuple[Tensor, Tensor, VisualTokens | None]
 _Draft = tuple[Tensor, Tensor, VisualTokens | None, TeacherRows | None]
 
 
-def _look(batch: Mapping[str, Any], adapter: Adapter, teacher: Teacher | None) -> _Look:
+def _place(batch: Mapping[str, Any], adapter: Adapter, teacher: Teacher | None) -> _Place:
     index, targets = supervised(batch["labels"])
     visual = adapter.visual_tokens(batch) if teacher is not None and teacher.aligns else None
     return index, targets, visual
 
 
-def same_tokens(a: VisualTokens | None, b: VisualTokens | None) -> bool:
-    """Whether two models find the same tokens in the same images."""
-    if a is None or b is None:
-        return a is b
-    return torch.equal(a.index, b.index) and torch.equal(a.cu_seqlens, b.cu_seqlens)
-
-
-def _described(visual: VisualTokens | None) -> str:
-    if visual is None:
-        return "none"
-    return f"{visual.index.numel()} tokens in {visual.cu_seqlens.numel() - 1} images"
-
-
 def _teacher_rows(
-    batch: Mapping[str, Any],
-    teacher: Teacher | None,
-    adapter: Adapter,
-    index: Tensor,
-    visual: VisualTokens | None,
+    batch: Mapping[str, Any], teacher: Teacher | None, index: Tensor, visual: VisualTokens | None
 ) -> TeacherRows | None:
     if teacher is None:
         return None
     if TEACHER_LAST not in batch:
-        inputs = model_inputs(batch)
-        teacher.compare(inputs, adapter)
-        return teacher(inputs, index, visual)
+        return teacher(model_inputs(batch), index, visual)
     rows = TeacherRows(batch[TEACHER_LAST], None if visual is None else batch[TEACHER_LAYER])
     if rows.last.shape[0] != index.numel():
         raise ValueError(
@@ -204,3 +188,16 @@ def _counts(
         weight = gate_sum(rows.last, teacher.adapter.head, vocabulary)
     images = torch.zeros_like(tokens) if visual is None else visual.images(config.rcka_min_tokens)
     return torch.stack([tokens.double(), weight.double(), images.double()])
+
+
+def same_tokens(a: VisualTokens | None, b: VisualTokens | None) -> bool:
+    """Whether two models find the same tokens in the same images."""
+    if a is None or b is None:
+        return a is b
+    return torch.equal(a.index, b.index) and torch.equal(a.cu_seqlens, b.cu_seqlens)
+
+
+def _described(visual: VisualTokens | None) -> str:
+    if visual is None:
+        return "none"
+    return f"{visual.index.numel()} tokens in {visual.cu_seqlens.numel() - 1} images"

@@ -55,6 +55,8 @@ def test_segments_that_are_packed_do_not_see_each_other() -> None:
 
 
 def test_phases_and_breakdown(step: bench.Step) -> None:
+    if step.student.config.model_type != "llava":
+        pytest.skip("once is enough")
     found = step.phases()
     assert list(found) == ["teacher", "student and losses", "backward"]
     assert min(found.values()) > 0
