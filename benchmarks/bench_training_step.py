@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.harness import OURS, Absent, Benchmark, Case, Side
 from benchmarks.models import config_of
@@ -47,7 +47,7 @@ class Step:
     def __init__(
         self, student: str, teacher: str, shape: Shape, masters: torch.dtype, device: torch.device
     ) -> None:
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        dtype = torch.bfloat16 if device.type == "cuda" else masters
         self.device, self.student = device, build(student, device, dtype)
         mixed = masters == torch.float32 and device.type == "cuda"
         self.plain, theirs = (with_own_layers(self.student) for _ in range(2))
@@ -61,7 +61,9 @@ class Step:
             **options,
         )
         self.trainer = GraceTrainer(self.student, config, build(teacher, device, dtype))
-        nn.Module.to(self.student, masters)  # the trainer holds fp32; log-scales stay so
+        for name, parameter in self.student.named_parameters():
+            if not name.endswith("log_scale"):  # the trainer holds fp32; no buffer may change
+                parameter.data = parameter.data.to(masters)
         replace_layers(theirs, self.student)
         for model in (self.student, self.plain, theirs):
             model.train()

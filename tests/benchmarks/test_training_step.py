@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import bench_training_step as bench
-from benchmarks.harness import Absent, Benchmark, Case, Ceiling, run
+from benchmarks.harness import Absent, Benchmark, Case, Ceiling, relative_error, run
 from benchmarks.profiling import breakdown, component, phases
 from benchmarks.training_step import Shape
 
@@ -30,6 +30,20 @@ def test_ours_is_the_authors_step(step: bench.Step) -> None:
     assert torch.equal(ours, held)
     assert ours.norm() > 0
     assert all(p.grad is None for p in step.student.parameters())
+
+
+@pytest.mark.parametrize("kind", SIZES)
+def test_masters_in_bfloat16(kind: str) -> None:
+    names = (f"tiny {kind} student", f"tiny {kind} teacher")
+    step = bench.Step(*names, SIZES[kind], torch.bfloat16, CPU)
+    dtypes = {n: p.dtype for n, p in step.student.named_parameters()}
+    scales = {n for n, dtype in dtypes.items() if dtype == torch.float32}
+    assert scales == {n for n in dtypes if n.endswith("log_scale")}
+    for ours, plain in zip(step.student.buffers(), step.plain.buffers(), strict=True):
+        assert torch.equal(ours, plain)
+    ours, theirs = step.ours(), step.theirs()
+    assert ours.dtype == torch.bfloat16
+    assert relative_error(ours, theirs.double()) < 0.1
 
 
 def test_fine_tuning_has_the_same_weights_unquantized(step: bench.Step) -> None:
