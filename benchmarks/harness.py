@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import statistics
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -49,6 +50,12 @@ class Case:
     absent: Mapping[str, str] = field(default_factory=dict)  # peer → why it could not be run
     # Other work of this size, of which only the time means something here: not verified.
     yardsticks: Mapping[str, Side] = field(default_factory=dict)
+    eager: bool = False  # no capture is tried: the sides wait for the GPU
+    rounds: int | None = None  # samples a side at most, for what takes long
+    # Side → what else its row tells, found when all are timed, from all sides' medians in seconds.
+    facts: Mapping[str, Callable[[Mapping[str, float]], dict[str, Any]]] = field(
+        default_factory=dict
+    )
 
 
 @dataclass(frozen=True)
@@ -115,25 +122,40 @@ def run(
     chosen = selection or Selection()
     sizes = [size for size in benchmark.sweep[device.type] if chosen.has_size(size)]
     for size in tqdm(sizes, desc=benchmark.name, unit="size"):
-        case = benchmark.setup(device, **size)
-        sides = {name: side for name, side in case.sides.items() if chosen.has_side(name)}
-        absent = {n: {"absent": why} for n, why in case.absent.items() if chosen.has_side(n)}
-        yardsticks = {name: side for name, side in case.yardsticks.items() if chosen.has_side(name)}
-        left_out = absent | verify(case, sides) | missing(yardsticks)
-        sides |= yardsticks
-        timed = {name: side for name, side in sides.items() if name not in left_out}
-        rows = [{"size": dict(size), "side": name} | why for name, why in left_out.items()]
-        floor = ceiling.floor(case)
-        measured = measure(timed, case.sets, device, rounds)
+        yield _rows_of(benchmark, device, ceiling, rounds, chosen, size)
         _free_memory()
-        for name, side in timed.items():
-            if name not in measured:
-                rows.append({"size": dict(size), "side": name, "absent": _NO_ROOM})
-                continue
-            row = _row(dict(size), name, *measured[name], floor)
-            rows.append(row | by_eager_calls(row, side, case.sets) | peak_memory(side, device))
-        _free_memory()
-        yield rows
+
+
+def _rows_of(
+    benchmark: Benchmark,
+    device: torch.device,
+    ceiling: Ceiling,
+    rounds: int,
+    chosen: Selection,
+    size: Mapping[str, Any],
+) -> list[dict]:
+    """The rows of one size; what it built is gone when it returns."""
+    case = benchmark.setup(device, **size)
+    sides = {name: side for name, side in case.sides.items() if chosen.has_side(name)}
+    absent = {n: {"absent": why} for n, why in case.absent.items() if chosen.has_side(n)}
+    yardsticks = {name: side for name, side in case.yardsticks.items() if chosen.has_side(name)}
+    left_out = absent | verify(case, sides) | missing(yardsticks)
+    sides |= yardsticks
+    timed = {name: side for name, side in sides.items() if name not in left_out}
+    rows = [{"size": dict(size), "side": name} | why for name, why in left_out.items()]
+    floor = ceiling.floor(case)
+    samples = min(rounds, case.rounds or rounds)
+    measured = measure(timed, case.sets, device, samples, case.eager)
+    _free_memory()
+    medians = {name: statistics.median(seconds) for name, (seconds, _) in measured.items()}
+    for name, side in timed.items():
+        if name not in measured:
+            rows.append({"size": dict(size), "side": name, "absent": _NO_ROOM})
+            continue
+        row = _row(dict(size), name, *measured[name], floor)
+        row |= by_eager_calls(row, side, case.sets) | peak_memory(side, device)
+        rows.append(row | (case.facts[name](medians) if name in case.facts else {}))
+    return rows
 
 
 def by_eager_calls(row: Mapping[str, Any], side: Side, sets: int) -> dict[str, float]:
@@ -226,14 +248,14 @@ def relative_error(actual: Tensor, exact: Tensor) -> float:
 
 
 def measure(
-    sides: Mapping[str, Side], sets: int, device: torch.device, rounds: int
+    sides: Mapping[str, Side], sets: int, device: torch.device, rounds: int, eager: bool = False
 ) -> dict[str, tuple[list[float], str]]:
     """Seconds a call of each side: ``rounds`` samples, taken in turn; without those for which there
     is no memory beside the others."""
     timers = {}
     for name, side in sides.items():
         with _dropped_without_memory(timers, name):
-            timers[name] = _timer(side, sets, device)
+            timers[name] = _timer(side, sets, device, eager)
     samples: dict[str, list[float]] = {name: [] for name in timers}
     for _ in range(rounds):
         for name in list(timers):
@@ -251,11 +273,15 @@ def _dropped_without_memory(timers: dict[str, Any], name: str) -> Iterator[None]
         _free_memory()
 
 
-def _timer(side: Side, sets: int, device: torch.device) -> tuple[Callable[[], float], str]:
+def _timer(
+    side: Side, sets: int, device: torch.device, eager: bool = False
+) -> tuple[Callable[[], float], str]:
     for i in range(sets):  # warm up: compilation, handles, lazy initialization
         side(i)
     if device.type == "cpu":
         return _cpu_timer(side, sets), "wall clock"
+    if eager:
+        return _eager_timer(side, sets), "eager calls"
     try:
         return graph_timer(side, sets), "graph replay"
     except (Absent, RuntimeError):  # a peer may call any error of its own an absence
@@ -329,7 +355,9 @@ def _capture_stream(device: int) -> torch.cuda.Stream:
 
 
 def _free_memory() -> None:
-    """Gives back the memory of graphs and of tensors that are gone."""
+    """Gives back the memory of graphs and of tensors that are gone, and of models, which hold each
+    other."""
+    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -31,6 +31,7 @@ def quantize(
     scale_dtype: torch.dtype | None = torch.bfloat16,
     init: str = "mse",
     product: Product = "dense",
+    overrides: Mapping[str, Mapping[str, Any] | None] | None = None,
 ) -> list[str]:
     """Replaces the linears of the language model's decoder layers by `FakeQuantLinear`, in place.
 
@@ -48,6 +49,8 @@ def quantize(
         init: method of `init_log_scale`.
         product: how the layers multiply while they train, "dense" or "packed" (`FakeQuantLinear`);
             not recorded: it changes no weight.
+        overrides: regex → settings of the linears whose names it finds, any of bits, group_size,
+            scale_dtype, init, product; or None: they stay as they are. Later ones win over earlier.
 
     Returns:
         Names of the linears replaced.
@@ -56,17 +59,73 @@ def quantize(
         ValueError: bits, group size or method not allowed, a layer that group_size does not divide,
             a regex that matches nothing, no linear to quantize. The model is then unchanged.
     """
-    linears = _select(decoder_linears(model), [skip] if isinstance(skip, str) else skip or ())
-    for name, linear in linears.items():
-        groups_of(f"quantize: {name}", linear.in_features, bits, group_size)
+    common = {
+        "bits": bits,
+        "group_size": group_size,
+        "scale_dtype": scale_dtype,
+        "init": init,
+        "product": product,
+    }
+    settings = layer_settings(model, common, skip, overrides)
+    linears = {name: model.get_submodule(name) for name in settings}
     layers = {
-        name: FakeQuantLinear.from_linear(linear, bits, group_size, scale_dtype, init, product)
+        name: FakeQuantLinear.from_linear(cast(nn.Linear, linear), **settings[name])
         for name, linear in linears.items()
     }
     for name, layer in layers.items():
         model.set_submodule(name, layer)
     _record(model, qat_config(model))
     return list(layers)
+
+
+def layer_settings(
+    model: nn.Module,
+    common: Mapping[str, Any],
+    skip: Sequence[str] | str | None = None,
+    overrides: Mapping[str, Mapping[str, Any] | None] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Which linears `quantize` replaces, by name, and with which settings; it changes nothing.
+
+    Args:
+        model: as for `quantize`; it may be on the meta device.
+        common: settings of a layer that no override finds; bits and group_size at least.
+        skip: as there.
+        overrides: as there.
+
+    Raises:
+        ValueError: as there.
+    """
+    linears = _select(decoder_linears(model), [skip] if isinstance(skip, str) else skip or ())
+    settings: dict[str, dict[str, Any] | None] = {name: dict(common) for name in linears}
+    for pattern, override in (overrides or {}).items():
+        _check_override(model, linears, pattern, override)
+        for name in linears:
+            if re.search(pattern, name):
+                settings[name] = None if override is None else {**common, **override}
+    kept = {name: chosen for name, chosen in settings.items() if chosen is not None}
+    if not kept:
+        raise ValueError(f"quantize: overrides must leave linears to quantize, got {overrides}")
+    for name, chosen in kept.items():
+        columns = linears[name].in_features
+        groups_of(f"quantize: {name}", columns, chosen["bits"], chosen["group_size"])
+    return kept
+
+
+def _check_override(
+    model: nn.Module,
+    linears: Mapping[str, nn.Linear],
+    pattern: str,
+    override: Mapping[str, Any] | None,
+) -> None:
+    allowed = ("bits", "group_size", "scale_dtype", "init", "product")
+    for key in override or {}:
+        if key not in allowed:
+            raise ValueError(f"quantize: an override must have {', '.join(allowed)}, got {key!r}")
+    # What is never quantized (lm_head) may be said not to be, but not be given bits.
+    known = linears if override is not None else dict(model.named_modules())
+    if not any(re.search(pattern, name) for name in known):
+        kind = "decoder linears" if override is not None else "modules"
+        raise ValueError(f"quantize: overrides must match {kind} of the model, got {pattern!r}")
 
 
 def pack(model: nn.Module, *, fuse: bool = False) -> list[str]:

@@ -136,3 +136,41 @@ def test_config_tells_what_was_done():
     }
     grace.pack(model)
     assert model.config.quantization_config["quant_method"] == "compressed-tensors"
+
+
+def test_overrides_by_regex_the_last_one_wins() -> None:
+    model = models.llava()
+    overrides = {
+        "proj$": {"bits": 8},
+        r"\.1\..*down_proj$": {"bits": 2, "group_size": -1, "scale_dtype": None},
+        "k_proj": None,
+        "lm_head": None,
+    }
+    names = grace.quantize(model, group_size=16, overrides=overrides)
+    assert len(names) == 2 * 6
+    for name in names:
+        layer = model.get_submodule(name)
+        changed = ".1." in name and name.endswith("down_proj")
+        expected = (2, -1, None) if changed else (8, 16, torch.bfloat16)
+        assert (layer.bits, layer.group_size, layer.scale_dtype) == expected, name
+    assert type(model.get_submodule("model.language_model.layers.0.self_attn.k_proj")) is nn.Linear
+    groups = model.config.quantization_config["groups"]
+    assert sorted((g["bits"], len(g["modules"])) for g in groups) == [(2, 1), (8, 11)]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"lm_head": {"bits": 8}}, "overrides must match decoder linears of the model, got 'lm_h"),
+        ({"nothing": None}, "overrides must match modules of the model, got 'nothing'"),
+        ({"proj": None}, "overrides must leave linears to quantize"),
+        ({"proj": {"bit": 4}}, "an override must have bits, group_size, .*, got 'bit'"),
+        ({"q_proj": {"bits": 9}}, "bits must be 2 to 8, got 9"),
+        ({"down_proj": {"group_size": 48}}, "group_size must divide in_features 128"),
+    ],
+)
+def test_overrides_that_do_not_fit_change_nothing(overrides: dict, message: str) -> None:
+    model = models.llava()
+    with pytest.raises(ValueError, match=message):
+        grace.quantize(model, group_size=16, overrides=overrides)
+    assert not any(isinstance(m, FakeQuantLinear) for m in model.modules())

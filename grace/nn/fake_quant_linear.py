@@ -42,6 +42,9 @@ class FakeQuantLinear(nn.Module):
     """
 
     bias: nn.Parameter | None
+    # Set by grace.nn.quantize_ahead: q·s made already, and whether it outlives the forward.
+    ahead: Tensor | None = None
+    held: bool = False
 
     def __init__(
         self,
@@ -118,7 +121,10 @@ class FakeQuantLinear(nn.Module):
         if self.product == "packed":
             return self._packed_product(x)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.quantized_weight().to(x.dtype), bias)
+        weight = self.quantized_weight() if self.ahead is None else self.ahead
+        if not torch.is_autocast_enabled(x.device.type):  # else F.linear casts
+            weight = weight.to(x.dtype)
+        return F.linear(x, weight, bias)
 
     def _packed_product(self, x: Tensor) -> Tensor:
         _check_product(self.product, self.bits)

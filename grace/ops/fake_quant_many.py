@@ -23,6 +23,7 @@ _ARGUMENTS = (
     "Tensor[] weights, Tensor[] log_scales, int bits, int group_size, ScalarType? scale_dtype"
 )
 _library.define("fake_quant_many", f"({_ARGUMENTS}) -> Tensor[]")
+_library.define("fake_quant_many_to", f"({_ARGUMENTS}, ScalarType dtype) -> Tensor[]")
 _library.define(
     "fake_quant_many_backward", f"(Tensor[] grads, {_ARGUMENTS}) -> (Tensor[], Tensor[])"
 )
@@ -35,6 +36,7 @@ def fake_quant_many(
     bits: int = 4,
     group_size: int = 128,
     scale_dtype: torch.dtype | None = torch.bfloat16,
+    dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
     """Quantizes every weight to ``bits`` and back; differentiable in weights and log-scales.
 
@@ -47,26 +49,43 @@ def fake_quant_many(
         bits: 2 to 8.
         group_size: divides every K, or −1 for one group a row.
         scale_dtype: grid that scales are rounded to: bfloat16, float16, or None for none.
+        dtype: of ŵ: None for the weights' own, or, for float32 weights, bfloat16 or float16. Then
+            ŵ is rounded once more, as a cast behind would, its gradient comes in that dtype, and
+            no float32 ŵ is ever written or read.
 
     Returns:
-        ŵ for every weight, in its dtype.
+        ŵ for every weight.
 
     Raises:
         ValueError: for any other bits, group size, shape, dtype or number of log-scales.
     """
     _check(weights, log_scales, bits, group_size, scale_dtype)
+    _check_dtype(weights, dtype)
     if not weights or not weights[0].is_cuda:
         return [
-            fake_quant(w, t, bits=bits, group_size=group_size, scale_dtype=scale_dtype)
+            fake_quant(w, t, bits=bits, group_size=group_size, scale_dtype=scale_dtype).to(
+                dtype or w.dtype
+            )
             for w, t in zip(weights, log_scales, strict=True)
         ]
-    return torch.ops.grace.fake_quant_many(
+    arguments = (
         [w.contiguous() for w in weights],
         [t.contiguous() for t in log_scales],
         bits,
         group_size,
         scale_dtype,
     )
+    if dtype in (None, weights[0].dtype):
+        return torch.ops.grace.fake_quant_many(*arguments)
+    return torch.ops.grace.fake_quant_many_to(*arguments, dtype)
+
+
+def _check_dtype(weights: Sequence[Tensor], dtype: torch.dtype | None) -> None:
+    if not weights or dtype in (None, weights[0].dtype):
+        return
+    half = weights[0].dtype == torch.float32 and dtype in (torch.bfloat16, torch.float16)
+    allowed = "be the weights' or, of float32 weights, bfloat16 or float16"
+    require(half, "fake_quant_many", "dtype", allowed, dtype)
 
 
 def _check(
@@ -100,6 +119,12 @@ def reference(
     return [_reference_one(w, t, *settings) for w, t in zip(weights, log_scales, strict=True)]
 
 
+@_library.reference("fake_quant_many_to")
+def reference_to(weights: list[Tensor], log_scales: list[Tensor], *settings: Any) -> list[Tensor]:
+    """That of fake_quant_many, cast to the last of its settings."""
+    return [w.to(settings[-1]) for w in reference(weights, log_scales, *settings[:-1])]
+
+
 @_library.reference("fake_quant_many_backward")
 def reference_backward(
     grads: list[Tensor],
@@ -109,11 +134,11 @@ def reference_backward(
     group_size: int,
     scale_dtype: torch.dtype | None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Gradients in weights and in log-scales."""
+    """Gradients in weights and in log-scales, from gradients of any dtype."""
     settings = (bits, group_size, scale_dtype)
     pairs = [
-        _reference_backward_one(*tensors, *settings)
-        for tensors in zip(grads, weights, log_scales, strict=True)
+        _reference_backward_one(g.to(w.dtype), w, t, *settings)
+        for g, w, t in zip(grads, weights, log_scales, strict=True)
     ]
     return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
 
@@ -123,6 +148,11 @@ def _(
     weights: list[Tensor], log_scales: list[Tensor], bits: int, group_size: int, scale_dtype: Any
 ) -> list[Tensor]:
     return [torch.empty_like(w) for w in weights]
+
+
+@_library.fake("fake_quant_many_to")
+def _(weights: list[Tensor], log_scales: list[Tensor], *settings: Any) -> list[Tensor]:
+    return [torch.empty_like(w, dtype=settings[-1]) for w in weights]
 
 
 @_library.fake("fake_quant_many_backward")
@@ -160,4 +190,23 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
 
 torch.library.register_autograd(
     "grace::fake_quant_many", _backward, setup_context=_save_for_backward
+)
+
+
+def _save_for_backward_to(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    *first, ctx.dtype = inputs
+    _save_for_backward(ctx, tuple(first), output)
+
+
+def _backward_to(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    weights = ctx.saved_tensors[: len(grads)]
+    given: list[Tensor | None] = [
+        torch.zeros_like(w, dtype=ctx.dtype) if g is None else g
+        for g, w in zip(grads, weights, strict=True)
+    ]
+    return (*_backward(ctx, given), None)
+
+
+torch.library.register_autograd(
+    "grace::fake_quant_many_to", _backward_to, setup_context=_save_for_backward_to
 )

@@ -53,7 +53,7 @@ from grace.ops.gated_dkd import (
 
 _OP = "linear_gated_dkd"
 # Student and teacher logits together; a gradient beside them adds half as much again.
-_CHUNK_BYTES = 384 * 2**20
+CHUNK_BYTES = 384 * 2**20
 _EVEN = 128  # rows of a chunk and classes of a slice come in multiples of it where they can
 
 _INPUTS = (
@@ -185,7 +185,7 @@ def _rows_to_compute(
 def default_chunk_size(student_head: Tensor, teacher_head: Tensor) -> int:
     """Rows whose logits of student and teacher together take at most 384 MiB, at least 1."""
     row = student_head.shape[0] + teacher_head.shape[0]
-    return max(1, _even(_CHUNK_BYTES // (row * student_head.element_size())))
+    return max(1, _even(CHUNK_BYTES // (row * student_head.element_size())))
 
 
 def slice_width(classes: int, rows: int, chunk_size: int) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from grace.training.step import IGNORE
@@ -14,7 +15,7 @@ from grace.training.step import IGNORE
 
 class Collator:
     """Pads what has one entry a token, on the right; joins pixels and grids along their first
-    dimension; stacks single numbers.
+    dimension, behind padding tiles of zeros where a family has tiles a row; stacks single numbers.
 
     Args:
         processor: its tokenizer's padding token fills `input_ids` (the end token where there is
@@ -35,8 +36,19 @@ class Collator:
         return {name: self._join(name, found) for name, found in tensors.items()}
 
     def _join(self, name: str, tensors: list[Tensor]) -> Tensor:
+        if name == "pixel_attention_mask" or (name == "pixel_values" and tensors[0].dim() == 5):
+            return torch.cat(_same_tiles(tensors))
         if tensors[0].dim() == 0:
             return torch.stack(tensors)
         if name in ("pixel_values", "pixel_values_videos") or name.endswith("_grid_thw"):
             return torch.cat(tensors)
         return pad_sequence(tensors, batch_first=True, padding_value=self.fill.get(name, 0))
+
+
+def _same_tiles(tensors: list[Tensor]) -> list[Tensor]:
+    """Of Idefics3 and SmolVLM, each [1, tiles, …]: as many tiles each, padded by zeros."""
+    most = max(tensor.shape[1] for tensor in tensors)
+    paddings = ((0, 0) * (t.dim() - 2) + (0, most - t.shape[1]) for t in tensors)
+    return [
+        functional.pad(tensor, padding) for tensor, padding in zip(tensors, paddings, strict=True)
+    ]

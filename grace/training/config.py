@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -66,6 +67,13 @@ class GraceConfig(TrainingArguments):
     skip: list[str] = field(
         default_factory=list, metadata={"help": "Regexes of decoder linears kept unquantized."}
     )
+    overrides: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Regex of decoder linears to their own bits, group_size, scale_dtype, init; "
+            "null: not quantized. Later ones win."
+        },
+    )
     freeze_vision: bool = field(default=True, metadata={"help": "Keep the vision tower as it is."})
 
     # Distillation
@@ -110,6 +118,14 @@ class GraceConfig(TrainingArguments):
     beta_max: float = field(default=5.0, metadata={"help": "Upper bound of beta."})
     ema_decay: float = field(default=0.99, metadata={"help": "Decay of the controller's average."})
 
+    hold_quantized: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep the quantized weights of all layers from forward to backward, 2 bytes a "
+            "weight in bf16: gradient checkpointing then does not make them twice."
+        },
+    )
+
     # Defaults of TrainingArguments that do not fit: batches carry more than `forward` takes, no
     # forward makes logits to predict from, and a loss that is not finite the trainer tells itself.
     remove_unused_columns: bool = field(default=False)
@@ -145,6 +161,21 @@ class GraceConfig(TrainingArguments):
         """Dtype of the products with the heads: that of autocast; None: of the hidden states."""
         return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else None
 
+    def layer_settings(self) -> dict[str, Any]:
+        """Arguments of `grace.quantize`, those of every layer and the overrides."""
+        overrides = {
+            pattern: None if options is None else _with_dtype(options)
+            for pattern, options in self.overrides.items()
+        }
+        return {
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "skip": self.skip or None,
+            "scale_dtype": _dtype(self.scale_dtype),
+            "init": self.scale_init,
+            "overrides": overrides,
+        }
+
     def omega_at(self, step: int) -> float:
         """RCKA's weight in optimizer step `step`, counted from zero."""
         if self.omega_warmup_steps == 0:
@@ -168,8 +199,42 @@ def suggestion(key: str, known: list[str]) -> str:
     return f", did you mean {near[0]!r}?" if near else ""
 
 
+def _dtype(name: str | None) -> torch.dtype | None:
+    return None if name is None else getattr(torch, name)
+
+
+def _with_dtype(options: dict[str, Any]) -> dict[str, Any]:
+    return {key: _dtype(v) if key == "scale_dtype" else v for key, v in options.items()}
+
+
+def _check_overrides(overrides: Any) -> None:
+    """The form of `overrides`; what a model has to match is checked where there is one."""
+    allowed: dict[str, Any] = {
+        "bits": range(2, 9),
+        "group_size": None,
+        "scale_dtype": SCALE_DTYPES,
+        "init": SCALE_INITS,
+    }
+    if not isinstance(overrides, dict):
+        raise ValueError(f"GraceConfig: overrides must map regexes to options, got {overrides!r}")
+    for pattern, options in overrides.items():
+        where = f"GraceConfig: overrides[{pattern!r}]"
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise ValueError(f"{where} must have a regex as its key, got {error}") from None
+        if options is not None and not isinstance(options, dict):
+            raise ValueError(f"{where} must be null or options, got {options!r}")
+        for key, value in (options or {}).items():
+            if key not in allowed:
+                raise ValueError(f"{where} must have {', '.join(allowed)}, got {key!r}")
+            if allowed[key] is not None and value not in allowed[key]:
+                raise ValueError(f"{where}.{key} must be one of {list(allowed[key])}, got {value}")
+
+
 def _check(config: GraceConfig) -> None:
     """Raise ValueError for a field of GRACE that is out of its range."""
+    _check_overrides(config.overrides)
     _require(config, "bits", isinstance(config.bits, int) and 2 <= config.bits <= 8, "be 2 to 8")
     _require(config, "group_size", config.group_size == -1 or config.group_size > 0, "be > 0 or -1")
     for name, allowed in (

@@ -6,11 +6,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.trainer_pt_utils import get_parameter_names
 
 LOG_SCALE = "log_scale"
-# Names of what weight decay leaves alone; log-scales are found by their own name.
-_NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
 
 
 def parameter_groups(
@@ -18,14 +15,15 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Three groups of trainable parameters: weights (decayed), norms and biases, log-scales.
 
+    Norms, biases and other vectors are told by their one dimension, whatever a family calls them.
+
     Log-scales learn `scale_lr_ratio` times as fast and do not decay: a decayed θ = log s would pull
     every scale towards 1. Groups without a parameter are left out.
     """
-    decayed = set(get_parameter_names(model, [nn.LayerNorm], _NO_DECAY))
     groups: dict[str, list[nn.Parameter]] = {"weights": [], "norms": [], "scales": []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[_group(name, decayed)].append(parameter)
+            groups[_group(name, parameter)].append(parameter)
     options = {
         "weights": {"lr": learning_rate, "weight_decay": weight_decay},
         "norms": {"lr": learning_rate, "weight_decay": 0.0},
@@ -38,10 +36,10 @@ def parameter_groups(
     ]
 
 
-def _group(name: str, decayed: set[str]) -> str:
+def _group(name: str, parameter: nn.Parameter) -> str:
     if name.rpartition(".")[2] == LOG_SCALE:
         return "scales"
-    return "weights" if name in decayed else "norms"
+    return "weights" if parameter.dim() > 1 else "norms"
 
 
 def use_fp32_masters(model: nn.Module) -> None:

@@ -4,6 +4,7 @@
     data: {path: rows.json, image_root: images, on_error: raise, max_length: null}
     preset: paper                     output_dir: runs/name
     bits: 4                           … and any other field of GraceConfig
+    quantization: {overrides: {"down_proj$": {bits: 8}}}    (what is quantized, under one heading)
 
 Nothing is written before the configuration, the data and both models are known to be good. The run
 directory then holds `config.yaml`, `train.log`, `metrics.jsonl`, `curves.png`, `checkpoint-*` and
@@ -62,6 +63,16 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         FileNotFoundError: no such file, or no student, teacher or data file where it points.
         ValueError: not a mapping, an unknown or missing key, or a value out of range.
     """
+    return parse_config(read_options(path, overrides))
+
+
+def read_options(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The mapping in a YAML file with `key=value` on top, whatever its keys.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a mapping, or an override that is not key=value.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"train: config must be a file, got {path}")
@@ -70,7 +81,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ValueError(f"train: {path} must hold a mapping, got {type(options).__name__}")
     for override in overrides:
         _override(options, override)
-    return parse_config(options)
+    return options
 
 
 def _override(options: dict[str, Any], override: str) -> None:
@@ -82,6 +93,9 @@ def _override(options: dict[str, Any], override: str) -> None:
         options = options.setdefault(parent, {})
         if not isinstance(options, dict):
             raise ValueError(f"train: {parent} must be a mapping to set {key}, got {options!r}")
+    under = options.get("quantization")  # `bits=8` also where the file has it under its heading
+    if not parents and isinstance(under, dict) and name in under:
+        options = under
     options[name] = yaml.safe_load(value)
 
 
@@ -94,10 +108,11 @@ def parse_config(options: dict[str, Any]) -> RunConfig:
     student, teacher = options.pop("student"), options.pop("teacher", None)
     data = _data_config(options.pop("data"))
     preset = options.pop("preset", "paper")
+    options = flat_quantization(options)
     check_keys(options)
     if not (options.get("fp16") or options.get("use_cpu")) and torch.cuda.is_available():
         options.setdefault("bf16", torch.cuda.is_bf16_supported())
-    training = GraceConfig.from_preset(preset, **_as_numbers(options))
+    training = GraceConfig.from_preset(preset, **as_numbers(options))
     if training.needs_teacher and not teacher:
         raise ValueError("train: teacher must be given unless distillation is none and omega 0")
     for name in filter(None, (student, teacher)):
@@ -119,7 +134,36 @@ def _data_config(options: Any) -> DataConfig:
     return DataConfig(**options)
 
 
-def _as_numbers(options: dict[str, Any]) -> dict[str, Any]:
+# Options that may stand under `quantization`, and the fields they are.
+_QUANTIZATION = {
+    "enabled": "quantization",
+    "bits": "bits",
+    "group_size": "group_size",
+    "scale_dtype": "scale_dtype",
+    "scale_init": "scale_init",
+    "scale_lr_ratio": "scale_lr_ratio",
+    "skip": "skip",
+    "overrides": "overrides",
+}
+
+
+def flat_quantization(options: dict[str, Any]) -> dict[str, Any]:
+    """The options with those under `quantization`, where it is a mapping, among the others."""
+    nested = options.get("quantization")
+    if not isinstance(nested, dict):
+        return options
+    flat = {key: value for key, value in options.items() if key != "quantization"}
+    for key, value in nested.items():
+        if key not in _QUANTIZATION:
+            near = suggestion(key, list(_QUANTIZATION))
+            raise ValueError(f"train: unknown option quantization.{key}{near}")
+        if _QUANTIZATION[key] in flat:
+            raise ValueError(f"train: {key} must be given once, got it under quantization as well")
+        flat[_QUANTIZATION[key]] = value
+    return flat
+
+
+def as_numbers(options: dict[str, Any]) -> dict[str, Any]:
     """YAML reads 1e-4 as text: make numbers of the texts given for fields that are numbers."""
     kinds = {item.name: item.type for item in dataclasses.fields(GraceConfig)}
     numbers = {"float": float, "int": int, float: float, int: int}

@@ -61,6 +61,7 @@ class Teacher:
         self.layer = config.rcka_layer
         self.distils = config.distillation != "none"
         self.aligns = config.omega > 0
+        self._compared = False
 
     def __call__(
         self, inputs: Mapping[str, Any], index: Tensor, visual: VisualTokens | None
@@ -73,6 +74,29 @@ class Teacher:
             last = states.rows("last", index)
             layer = states.rows("layer", visual.index) if self.aligns and visual else None
         return TeacherRows(last, layer)
+
+    def compare(self, batches: Sequence[Mapping[str, Any]], adapter: Adapter) -> None:
+        """Require, at the first batch with images, that both models find the same visual tokens.
+
+        Args:
+            batches: what both models take.
+            adapter: of the student.
+
+        Raises:
+            ValueError: another number of tokens or images: a teacher of another family, or with
+                another image token.
+        """
+        for batch in batches:
+            if self._compared or TEACHER_LAST in batch:  # the rows that a batch brings are its own
+                return
+            expected, found = (one.visual_tokens(batch) for one in (adapter, self.adapter))
+            if not same_tokens(expected, found):
+                raise ValueError(
+                    "GraceTrainer: teacher must find the student's visual tokens, "
+                    f"{_described(expected)}, got {_described(found)}; its family, image token, "
+                    "patch and merge sizes must fit the student's processor"
+                )
+            self._compared = expected is not None
 
 
 def plan(
@@ -91,7 +115,14 @@ def plan(
         config: the run's options.
         reduce: sums a tensor over ranks; called once, on every rank.
     """
-    drafts = [_draft(batch, adapter, teacher) for batch in batches]
+    if isinstance(teacher, Teacher):
+        teacher.compare(batches, adapter)
+    # Finding tokens waits for the device: it comes before the teacher's work is queued there.
+    places = [_place(batch, adapter, teacher) for batch in batches]
+    drafts: list[_Draft] = [
+        (*place, _teacher_rows(batch, teacher, place[0], place[2]))
+        for batch, place in zip(batches, places, strict=True)
+    ]
     single = len(batches) == 1 and reduce is identity
     counts = torch.stack([_counts(draft, adapter, teacher, config, single) for draft in drafts])
     total = reduce(counts.sum(0)).clamp_min(1e-9)
@@ -109,13 +140,14 @@ def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in batch.items() if name not in EXTRA_KEYS}
 
 
+_Place = tuple[Tensor, Tensor, VisualTokens | None]
 _Draft = tuple[Tensor, Tensor, VisualTokens | None, TeacherRows | None]
 
 
-def _draft(batch: Mapping[str, Any], adapter: Adapter, teacher: Teacher | None) -> _Draft:
+def _place(batch: Mapping[str, Any], adapter: Adapter, teacher: Teacher | None) -> _Place:
     index, targets = supervised(batch["labels"])
     visual = adapter.visual_tokens(batch) if teacher is not None and teacher.aligns else None
-    return index, targets, visual, _teacher_rows(batch, teacher, index, visual)
+    return index, targets, visual
 
 
 def _teacher_rows(
@@ -146,7 +178,8 @@ def _counts(
 ) -> Tensor:
     """Tokens, weight of the distillation term and images of a micro-batch, float64 [3]."""
     index, _, visual, rows = draft
-    tokens = torch.tensor(float(index.numel()), device=index.device)
+    # Filled on the device: a copy from the host would wait for the teacher's forward.
+    tokens = torch.full((), float(index.numel()), device=index.device)
     weight = tokens
     gated = config.distillation == "gdkd" and config.gate
     # One micro-batch is the whole step: its own normalisation by Σ gates is already the step's.
@@ -155,3 +188,16 @@ def _counts(
         weight = gate_sum(rows.last, teacher.adapter.head, vocabulary)
     images = torch.zeros_like(tokens) if visual is None else visual.images(config.rcka_min_tokens)
     return torch.stack([tokens.double(), weight.double(), images.double()])
+
+
+def same_tokens(a: VisualTokens | None, b: VisualTokens | None) -> bool:
+    """Whether two models find the same tokens in the same images."""
+    if a is None or b is None:
+        return a is b
+    return torch.equal(a.index, b.index) and torch.equal(a.cu_seqlens, b.cu_seqlens)
+
+
+def _described(visual: VisualTokens | None) -> str:
+    if visual is None:
+        return "none"
+    return f"{visual.index.numel()} tokens in {visual.cu_seqlens.numel() - 1} images"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from grace.losses import AdaptiveIBController
+from grace.nn.quantize_ahead import hold, quantize_ahead, release
 from grace.training.adapters import HiddenStates, adapter_for
 from grace.training.callbacks import CodeFlips, MetricsWriter
 from grace.training.checkpoints import AtomicTrainer
@@ -35,8 +36,8 @@ class GraceTrainer(AtomicTrainer):
     and logged (`dropped_terms`); a cross-entropy that is not finite stops the run.
 
     Args:
-        model: the student (LLaVA, Qwen2-VL, Qwen2.5-VL, Qwen3-VL). Its decoder linears become
-            `FakeQuantLinear` unless they are already, or `args.quantization` is off; its
+        model: the student, of a family that `grace.training.adapters` knows. Its decoder linears
+            become `FakeQuantLinear` unless they are already, or `args.quantization` is off; its
             parameters become fp32, its vision tower is frozen unless told otherwise.
         args: the options.
         teacher: a model that takes the student's inputs; needed unless `args.needs_teacher` is
@@ -83,6 +84,7 @@ class GraceTrainer(AtomicTrainer):
         self.dropped_terms = 0
         self._meter = Meter(self.args.device)
         self._flips = CodeFlips(model)
+        quantize_ahead(self.adapter.layers)
         self.add_callback(MetricsWriter())
 
     def _place_teacher(self, teacher: nn.Module | None) -> Teacher | None:
@@ -118,6 +120,8 @@ class GraceTrainer(AtomicTrainer):
         """The micro-batch's part of the step's loss, times the ranks that its gradient is averaged
         over."""
         micro = inputs.pop(_MICRO, None) or self._plan([inputs])[0]
+        if self.args.hold_quantized and model.training:
+            hold(self.adapter.layers, self.args.loss_dtype)
         with self.adapter.capture(self.args.rcka_layer) as states:
             outputs = model(**model_inputs(inputs), use_cache=False, logits_to_keep=1)
         terms = self._terms(states, micro)
@@ -138,7 +142,9 @@ class GraceTrainer(AtomicTrainer):
         terms = self._token_terms(states, micro)
         aligned = None if micro.teacher is None else micro.teacher.layer
         if micro.visual is not None and aligned is not None:
+            # As everything else is multiplied in training: float32 rows would miss tensor cores.
             rows = states.rows("layer", micro.visual.index)
+            rows = rows.to(torch.bfloat16) if self.args.bf16 else rows
             bounds, least = micro.visual.cu_seqlens, self.args.rcka_min_tokens
             terms["rcka"] = rcka(rows, aligned.to(rows.dtype), bounds, least)
         return terms
@@ -188,7 +194,11 @@ class GraceTrainer(AtomicTrainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Forward and backward of a micro-batch; behind the last of a step, β moves."""
-        loss = super().training_step(*args, **kwargs)
+        try:
+            loss = super().training_step(*args, **kwargs)
+        finally:
+            if self.args.hold_quantized:
+                release(self.adapter.layers)
         if self.accelerator.sync_gradients:
             self._end_step()
         return loss
@@ -270,16 +280,8 @@ def _prepare_student(model: nn.Module, args: GraceConfig) -> list[str]:
 
     use_fp32_masters(model)
     if args.freeze_vision:
-        for part in adapter_for(model).vision_modules():
-            part.requires_grad_(False)
+        adapter_for(model).freeze_vision()
     made = [name for name, part in model.named_modules() if isinstance(part, FakeQuantLinear)]
     if made or not args.quantization:
         return made
-    return quantize(
-        model,
-        bits=args.bits,
-        group_size=args.group_size,
-        skip=args.skip or None,
-        scale_dtype=None if args.scale_dtype is None else getattr(torch, args.scale_dtype),
-        init=args.scale_init,
-    )
+    return quantize(model, **args.layer_settings())

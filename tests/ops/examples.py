@@ -31,6 +31,11 @@ def fake_quant_many(dtype: torch.dtype) -> Arguments:
     return [torch.randn(shape).to(dtype) for shape in shapes], log_scales, 4, 32, torch.bfloat16
 
 
+def fake_quant_many_to(dtype: torch.dtype) -> Arguments:
+    half = torch.bfloat16 if dtype == torch.float32 else dtype
+    return *fake_quant_many(dtype), half
+
+
 def fake_quant_many_backward(dtype: torch.dtype) -> Arguments:
     weights, *rest = fake_quant_many(dtype)
     return [torch.randn_like(weight) for weight in weights], weights, *rest
@@ -99,6 +104,7 @@ EXAMPLES: dict[str, Callable[[torch.dtype], Arguments]] = {
         fake_quant,
         fake_quant_backward,
         fake_quant_many,
+        fake_quant_many_to,
         fake_quant_many_backward,
         search_log_scale,
         quantize_pack,

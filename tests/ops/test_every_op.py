@@ -17,14 +17,19 @@ from grace import _library
 ROOT = Path(__file__).parents[2]
 # In-place twins, whose names end in an underscore, are tested beside what they are twins of.
 OPS = sorted(name for name in _library.schemas() if not name.endswith("_"))
-PUBLIC_OPS = [name for name in OPS if not name.endswith("_backward")]
+# Ops in the files of another, whose public function calls them; and their reference there.
+BESIDE = {"fake_quant_many_to": ("fake_quant_many", "reference_to")}
+PUBLIC_OPS = [name for name in OPS if not name.endswith("_backward") and name not in BESIDE]
 COMPOSED = {name for name in OPS if _library.is_composed(name)}
 # On a GPU these take no float32: see the op's documentation.
 HALF_ONLY = {"dequant_gemm"}
 
 
 def reference_of(name: str):
-    module = importlib.import_module(f"grace.ops.{name.removesuffix('_backward')}")
+    file, of_reference = BESIDE.get(name, (name.removesuffix("_backward"), ""))
+    module = importlib.import_module(f"grace.ops.{file}")
+    if of_reference:
+        return getattr(module, of_reference)
     return module.reference_backward if name.endswith("_backward") else module.reference
 
 

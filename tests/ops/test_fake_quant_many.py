@@ -117,3 +117,83 @@ def test_bad_arguments():
         fake_quant_many(weights, log_scales, bits=1, group_size=-1)
     with pytest.raises(ValueError, match=r"log_scale must have shape \[3, 3\], got \[3, 1\]"):
         fake_quant_many([weights[1]], [log_scales[1]], group_size=32)
+
+
+HALVES = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_float32_weights_quantized_to_16_bits_are_a_cast_less(kernels: Kernels, dtype):
+    weights, log_scales = kernels.put(*make())
+    grads = [torch.randn_like(w).to(dtype) for w in weights]
+    settings = (4, -1, torch.bfloat16)
+    wide = kernels.fake_quant_many(weights, log_scales, *settings)
+    out = kernels.fake_quant_many_to(weights, log_scales, *settings, dtype)
+    assert {w.dtype for w in out} == {dtype}
+    assert_same(out, [w.to(dtype) for w in wide])
+    made = kernels.fake_quant_many_backward(grads, weights, log_scales, *settings)
+    expected = kernels.fake_quant_many_backward(
+        [g.float() for g in grads], weights, log_scales, *settings
+    )
+    for actual, whole in zip(made, expected, strict=True):
+        assert {t.dtype for t in actual} == {torch.float32}
+        assert_same(actual, whole)
+
+
+@pytest.mark.parametrize("columns", [128, 33])  # by vectors, by elements
+def test_irregular_scales_to_16_bits(kernels: Kernels, columns: int):
+    weights = [torch.randn(4, columns) * 1e30]
+    log_scales = [torch.tensor([[-80.0], [68.0], [88.0], [0.0]])]
+    weights, log_scales = kernels.put(weights, log_scales)
+    settings = (4, -1, None)
+    out = kernels.fake_quant_many_to(weights, log_scales, *settings, torch.bfloat16)
+    wide = kernels.fake_quant_many(weights, log_scales, *settings)
+    assert_same(out, [w.to(torch.bfloat16) for w in wide])
+
+
+def test_kernels_that_make_16_bits_stay_inside_their_tensors(kernels: Kernels):
+    weights, log_scales = kernels.put(*make())
+    grads = [windowed(w.to(torch.bfloat16)) for w in weights]
+    inside = [tensor for tensor, _ in grads]
+    made = kernels.fake_quant_many_backward(inside, weights, log_scales, 4, -1, torch.bfloat16)
+    assert all(t.isfinite().all() for part in made for t in part)
+    for _, buffer in grads:
+        assert_margins_untouched(buffer)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_gradients_through_16_bits(dtype):
+    weights, log_scales = make([(4, 64), (3, 96), (2, 32)])
+    leaves = [t.requires_grad_() for t in (*weights, *log_scales)]
+
+    def gradients(outputs):
+        assert {out.dtype for out in outputs} == {dtype}
+        return torch.autograd.grad(sum(out.float().square().sum() for out in outputs), leaves)
+
+    settings = (4, -1, torch.bfloat16, dtype)
+    wide = torch.ops.grace.fake_quant_many(weights, log_scales, *settings[:-1])
+    expected = gradients([w.to(dtype) for w in wide])
+    op = torch.ops.grace.fake_quant_many_to(weights, log_scales, *settings)
+    assert_same(gradients(op), expected)
+    public = fake_quant_many(weights, log_scales, group_size=-1, dtype=dtype)
+    for a, b in zip(gradients(public), expected, strict=True):  # sums in another order
+        torch.testing.assert_close(a, b)
+    unused = torch.ops.grace.fake_quant_many_to(weights, log_scales, *settings)
+    first = torch.autograd.grad(unused[0].float().square().sum(), [weights[0], log_scales[0]])
+    assert_same(first, [expected[0], expected[3]])
+
+
+def test_opcheck_to_16_bits():
+    weights, log_scales = make([(4, 64), (3, 96)])
+    for tensor in (*weights, *log_scales):
+        tensor.requires_grad_()
+    arguments = (weights, log_scales, 4, -1, None, torch.bfloat16)
+    torch.library.opcheck(torch.ops.grace.fake_quant_many_to, arguments)
+
+
+def test_bad_dtypes():
+    weights, log_scales = make([(4, 64)])
+    message = "dtype must be the weights' or, of float32 weights, bfloat16 or float16, got"
+    for weight, dtype in ((weights[0].half(), torch.float32), (weights[0], torch.float64)):
+        with pytest.raises(ValueError, match=message):
+            fake_quant_many([weight], log_scales, group_size=-1, dtype=dtype)

@@ -3,6 +3,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from grace.training import GraceConfig
 from grace.training.config import PRESETS
@@ -37,11 +38,37 @@ def test_omega_rises_linearly_and_stays(tmp_path: Any) -> None:
         ({"beta_init": 7.0}, r"beta_init must lie in \[0.1, 5.0\], got 7.0"),
         ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, "use_reentrant"),
         ({"scale_dtype": "int8"}, "scale_dtype must be one of"),
+        ({"overrides": ["x"]}, r"overrides must map regexes to options, got \['x'\]"),
+        ({"overrides": {"(": None}}, "must have a regex as its key"),
+        ({"overrides": {"x": 8}}, r"overrides\['x'\] must be null or options, got 8"),
+        ({"overrides": {"x": {"bit": 8}}}, "must have bits, group_size, .*, got 'bit'"),
+        ({"overrides": {"x": {"bits": 9}}}, r"overrides\['x'\].bits must be one of .*, got 9"),
     ],
 )
 def test_values_out_of_range(tmp_path: Any, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         GraceConfig(output_dir=str(tmp_path), **options)
+
+
+def test_the_values_of_the_second_preset(tmp_path: Any) -> None:
+    config = GraceConfig.from_preset("qwen3vl", output_dir=str(tmp_path))
+    assert (config.tau, config.eta) == (3.0, 0.003)
+    assert (config.beta_init, config.beta_min, config.beta_max) == (0.5, 0.1, 1.0)
+    assert (config.omega, config.omega_warmup_steps) == (3.0, 400)
+    assert (config.temperature, config.alpha, config.beta_dkd) == (2.0, 1.0, 4.0)
+    assert (config.ema_decay, config.scale_lr_ratio) == (0.99, 10.0)
+
+
+def test_arguments_of_quantize(tmp_path: Any) -> None:
+    overrides = {"a": {"scale_dtype": "float16", "bits": 8}, "b": None}
+    config = GraceConfig(output_dir=str(tmp_path), overrides=overrides, skip=["c"], bits=3)
+    settings = config.layer_settings()
+    assert settings["overrides"] == {"a": {"scale_dtype": torch.float16, "bits": 8}, "b": None}
+    assert (settings["bits"], settings["skip"], settings["scale_dtype"]) == (
+        3,
+        ["c"],
+        torch.bfloat16,
+    )
 
 
 def test_unknown_names(tmp_path: Any) -> None:

@@ -7,10 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import families
 import pytest
 import torch
 
 from grace.nn import FakeQuantLinear
+from grace.training.optimizer import parameter_groups
 from grace.training.trainer import GraceTrainer
 
 
@@ -229,3 +231,12 @@ def test_heads_are_multiplied_in_autocast_s_dtype(make_trainer: Callable, datase
     assert losses[0] != losses[1]
     half.train()
     assert {p.dtype for p in half.model.parameters()} == {torch.float32}
+
+
+def test_vectors_of_any_name_do_not_decay() -> None:
+    model = families.qwen2_5_vl()
+    options = {"learning_rate": 1.0, "weight_decay": 0.1, "scale_lr_ratio": 10.0}
+    groups = {group["name"]: group["params"] for group in parameter_groups(model, **options)}
+    assert {p.dim() for p in groups["norms"]} == {1}
+    assert min(p.dim() for p in groups["weights"]) == 2
+    assert id(model.model.visual.merger.ln_q.weight) in {id(p) for p in groups["norms"]}

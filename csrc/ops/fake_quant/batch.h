@@ -15,13 +15,13 @@ constexpr int kTileVectors = kPasses * kWarpSize;
 
 enum class Way { kTiles, kRows, kElements };  // kernels.h describes them
 
-// One weight and what becomes of it: [groups, group_size], scales [groups].
-template <typename T>
+// One weight of T and what becomes of it, quantized to O: [groups, group_size], scales [groups].
+template <typename T, typename O>
 struct Part {
   const T* weight;
   const float* log_scale;
-  const T* grad;          // backward
-  T* out;                 // the weight's: quantized, or its gradient
+  const O* grad;          // backward
+  void* out;              // the quantized weight, of O; or the weight's gradient, of T
   float* grad_log_scale;  // backward
   int64_t groups;
   int group_size;
@@ -29,6 +29,8 @@ struct Part {
 
   GRACE_HOST_DEVICE int vectors() const { return group_size / kPerVector<T>; }
   GRACE_HOST_DEVICE int lanes() const { return 1 << shift; }
+  GRACE_HOST_DEVICE O* quantized() const { return static_cast<O*>(out); }
+  GRACE_HOST_DEVICE T* grad_weight() const { return static_cast<T*>(out); }
 };
 
 // log2 of the largest power of two, up to a warp, that divides the vectors of a group.
@@ -40,8 +42,8 @@ int shift_of(int group_size) {
   return shift;
 }
 
-template <typename T>
-Way way_of(const Part<T>& part) {
+template <typename T, typename O>
+Way way_of(const Part<T, O>& part) {
   const bool aligned =
       is_vector_aligned(part.weight) && is_vector_aligned(part.out) && is_vector_aligned(part.grad);
   if (part.group_size % kPerVector<T> != 0 || !aligned) return Way::kElements;
@@ -50,16 +52,16 @@ Way way_of(const Part<T>& part) {
   return tiles ? Way::kTiles : Way::kRows;
 }
 
-template <typename T>
-int64_t groups_per_block(const Part<T>& part, Way way) {
+template <typename T, typename O>
+int64_t groups_per_block(const Part<T, O>& part, Way way) {
   if (way == Way::kTiles) return int64_t{kWarps} * kTileVectors / part.vectors();
   return way == Way::kRows ? kThreads / part.lanes() : kWarps;
 }
 
 // The weights of one launch, each with blocks of its own.
-template <typename T, int kMost>
+template <typename T, typename O, int kMost>
 struct Batch {
-  Part<T> parts[kMost];
+  Part<T, O> parts[kMost];
   unsigned first_block[kMost];
   int count;
   Codes codes;

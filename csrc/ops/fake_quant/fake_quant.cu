@@ -6,7 +6,7 @@ namespace grace::fake_quant {
 namespace {
 
 template <typename T>
-void launch_part(const Part<T>& part, int64_t bits, std::optional<ScalarType> scale_dtype,
+void launch_part(const Part<T, T>& part, int64_t bits, std::optional<ScalarType> scale_dtype,
                  int device) {
   if (part.groups == 0) return;
   const Codes codes = codes_of(static_cast<int>(bits));

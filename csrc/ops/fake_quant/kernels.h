@@ -12,75 +12,10 @@
 // Sums of the scale's gradient stay in registers: a lane's elements in order, then lanes by halves.
 #pragma once
 
-#include "common/vectors.h"
-#include "common/warp.h"
 #include "ops/fake_quant/batch.h"
+#include "ops/fake_quant/vector.h"
 
 namespace grace::fake_quant {
-
-// --- one vector ----------------------------------------------------------------------------------
-
-// Called, so that the ways that are taken stay short.
-template <typename T>
-__device__ __noinline__ uint4 quantized_irregular(uint4 weight, float scale, Codes codes) {
-  float x[kPerVector<T>];
-  unpack_vector<T>(weight, x);
-#pragma unroll
-  for (float& w : x) w = fake_quantize(w, scale, codes);
-  return pack_vector<T>(x);
-}
-
-template <typename T>
-__device__ __forceinline__ uint4 quantized(uint4 weight, const Divisor& by, Codes codes) {
-  if (!by.regular()) return quantized_irregular<T>(weight, by.scale, codes);
-  float x[kPerVector<T>];
-  unpack_vector<T>(weight, x);
-#pragma unroll
-  for (float& w : x) w = rintf(value_within(w, by, codes)) * by.scale;
-  return pack_vector<T>(x);
-}
-
-struct VectorGradient {
-  uint4 weight;
-  float log_scale;  // the sum of this vector's parts
-};
-
-template <typename T>
-__device__ __noinline__ VectorGradient gradient_irregular(uint4 grad, uint4 weight, float scale,
-                                                          Codes codes) {
-  float g[kPerVector<T>], w[kPerVector<T>], sum = 0.0f;
-  unpack_vector<T>(grad, g);
-  unpack_vector<T>(weight, w);
-#pragma unroll
-  for (int i = 0; i < static_cast<int>(kPerVector<T>); ++i) {
-    const Gradient one = gradient_of(g[i], w[i], scale, codes);
-    g[i] = one.weight;
-    sum += one.log_scale;
-  }
-  return {pack_vector<T>(g), sum};
-}
-
-template <typename T>
-__device__ __forceinline__ VectorGradient gradient(uint4 grad, uint4 weight, const Divisor& by,
-                                                   Codes codes) {
-  if (!by.regular()) return gradient_irregular<T>(grad, weight, by.scale, codes);
-  float g[kPerVector<T>], w[kPerVector<T>], sum = 0.0f;
-  unpack_vector<T>(grad, g);
-  unpack_vector<T>(weight, w);
-#pragma unroll
-  for (int i = 0; i < static_cast<int>(kPerVector<T>); ++i) {
-    const Gradient one = gradient_by(g[i], w[i], by, codes);
-    g[i] = one.weight;
-    sum += one.log_scale;
-  }
-  return {pack_vector<T>(g), sum * by.scale};
-}
-
-// Sum over neighbouring lanes, a power of two of them.
-__device__ __forceinline__ float sum_over_lanes(float x, int lanes) {
-  for (int offset = lanes / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(kFullWarp, x, offset);
-  return x;
-}
 
 // --- tiles ---------------------------------------------------------------------------------------
 
@@ -92,7 +27,8 @@ struct TilePlace {
   int64_t group;  // first group of the tile
   int shift, lane;
 
-  __device__ TilePlace(const Part<T>& part, unsigned block)
+  template <typename O>
+  __device__ TilePlace(const Part<T, O>& part, unsigned block)
       : shift(part.shift), lane(threadIdx.x % kWarpSize) {
     const int64_t tile = int64_t{block} * kWarps + threadIdx.x / kWarpSize;
     first = tile * kTileVectors + lane;
@@ -107,16 +43,17 @@ struct TilePlace {
   __device__ int groups() const { return kTileVectors >> shift; }
   __device__ bool leads() const { return (lane & ((1 << shift) - 1)) == 0; }
 
-  __device__ void load(const T* from, uint4 (&to)[kPasses]) const {
+  template <typename E>
+  __device__ void load(const E* from, Packed<T, E> (&to)[kPasses]) const {
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass)
-      to[pass] = has(pass) ? load_vector(from + element(pass)) : uint4{0, 0, 0, 0};
+      to[pass] = has(pass) ? load_packed<T>(from + element(pass)) : Packed<T, E>{};
   }
 };
 
 // The scale of one of the tile's groups: every lane has another one.
-template <typename T>
-__device__ __forceinline__ Divisor own_divisor(const Part<T>& part, const TilePlace<T>& place,
+template <typename T, typename O>
+__device__ __forceinline__ Divisor own_divisor(const Part<T, O>& part, const TilePlace<T>& place,
                                                ScaleGrid grid) {
   const int64_t group = place.group + place.lane;
   const bool mine = place.lane < place.groups() && group < part.groups;
@@ -128,11 +65,11 @@ __device__ __forceinline__ Divisor shuffled(const Divisor& own, int lane) {
           __shfl_sync(kFullWarp, own.rest, lane)};
 }
 
-template <typename T, int kMost>
+template <typename T, typename O, int kMost>
 __global__ void __launch_bounds__(kThreads)
-    tiles_kernel(const __grid_constant__ Batch<T, kMost> batch) {
+    tiles_kernel(const __grid_constant__ Batch<T, O, kMost> batch) {
   const int i = batch.part_of(blockIdx.x);
-  const Part<T>& part = batch.parts[i];
+  const Part<T, O>& part = batch.parts[i];
   const TilePlace<T> place(part, blockIdx.x - batch.first_block[i]);
 
   uint4 weight[kPasses];
@@ -142,19 +79,20 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int pass = 0; pass < kPasses; ++pass) {
     const Divisor by = shuffled(own, place.group_in_tile(pass));
-    const uint4 result = quantized<T>(weight[pass], by, batch.codes);
-    if (place.has(pass)) store_vector(part.out + place.element(pass), result);
+    const Packed<T, O> result = quantized<T, O>(weight[pass], by, batch.codes);
+    if (place.has(pass)) store_packed(part.quantized() + place.element(pass), result);
   }
 }
 
-template <typename T, int kMost>
+template <typename T, typename O, int kMost>
 __global__ void __launch_bounds__(kThreads)
-    tiles_backward_kernel(const __grid_constant__ Batch<T, kMost> batch) {
+    tiles_backward_kernel(const __grid_constant__ Batch<T, O, kMost> batch) {
   const int i = batch.part_of(blockIdx.x);
-  const Part<T>& part = batch.parts[i];
+  const Part<T, O>& part = batch.parts[i];
   const TilePlace<T> place(part, blockIdx.x - batch.first_block[i]);
 
-  uint4 weight[kPasses], grad[kPasses];
+  uint4 weight[kPasses];
+  Packed<T, O> grad[kPasses];
   place.load(part.weight, weight);
   place.load(part.grad, grad);
   const Divisor own = own_divisor(part, place, batch.grid);
@@ -163,10 +101,10 @@ __global__ void __launch_bounds__(kThreads)
   for (int pass = 0; pass < kPasses; ++pass) {
     const int group = place.group_in_tile(pass);
     const VectorGradient g =
-        gradient<T>(grad[pass], weight[pass], shuffled(own, group), batch.codes);
+        gradient<T, O>(grad[pass], weight[pass], shuffled(own, group), batch.codes);
     const float sum = sum_over_lanes(g.log_scale, part.lanes());
     if (!place.has(pass)) continue;
-    store_vector(part.out + place.element(pass), g.weight);
+    store_vector(part.grad_weight() + place.element(pass), g.weight);
     if (place.leads()) part.grad_log_scale[place.group + group] = sum;
   }
 }
@@ -180,7 +118,8 @@ struct RowPlace {
   int64_t group;
   bool inside;
 
-  __device__ RowPlace(const Part<T>& part, unsigned block)
+  template <typename O>
+  __device__ RowPlace(const Part<T, O>& part, unsigned block)
       : lanes(part.lanes()), lane(threadIdx.x & (lanes - 1)), vectors(part.vectors()) {
     group = (int64_t{block} * kThreads + threadIdx.x) >> part.shift;
     inside = group < part.groups;
@@ -191,20 +130,21 @@ struct RowPlace {
   }
 
   // The next vectors of this lane, from `first` on.
-  __device__ void load(const T* from, int first, uint4 (&to)[kPasses]) const {
+  template <typename E>
+  __device__ void load(const E* from, int first, Packed<T, E> (&to)[kPasses]) const {
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
       const int vector = first + pass * lanes;
-      to[pass] = vector < vectors ? load_vector(from + element(vector)) : uint4{0, 0, 0, 0};
+      to[pass] = vector < vectors ? load_packed<T>(from + element(vector)) : Packed<T, E>{};
     }
   }
 };
 
-template <typename T, int kMost>
+template <typename T, typename O, int kMost>
 __global__ void __launch_bounds__(kThreads)
-    rows_kernel(const __grid_constant__ Batch<T, kMost> batch) {
+    rows_kernel(const __grid_constant__ Batch<T, O, kMost> batch) {
   const int i = batch.part_of(blockIdx.x);
-  const Part<T>& part = batch.parts[i];
+  const Part<T, O>& part = batch.parts[i];
   const RowPlace<T> place(part, blockIdx.x - batch.first_block[i]);
   if (!place.inside) return;
 
@@ -215,17 +155,17 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
       const int vector = first + pass * place.lanes;
-      const uint4 result = quantized<T>(weight[pass], by, batch.codes);
-      if (vector < place.vectors) store_vector(part.out + place.element(vector), result);
+      const Packed<T, O> result = quantized<T, O>(weight[pass], by, batch.codes);
+      if (vector < place.vectors) store_packed(part.quantized() + place.element(vector), result);
     }
   }
 }
 
-template <typename T, int kMost>
+template <typename T, typename O, int kMost>
 __global__ void __launch_bounds__(kThreads)
-    rows_backward_kernel(const __grid_constant__ Batch<T, kMost> batch) {
+    rows_backward_kernel(const __grid_constant__ Batch<T, O, kMost> batch) {
   const int i = batch.part_of(blockIdx.x);
-  const Part<T>& part = batch.parts[i];
+  const Part<T, O>& part = batch.parts[i];
   const RowPlace<T> place(part, blockIdx.x - batch.first_block[i]);
 
   float sum = 0.0f;
@@ -233,15 +173,16 @@ __global__ void __launch_bounds__(kThreads)
   const Divisor by = divisor_of(scale_of(theta, batch.grid));
   const int end = place.inside ? place.vectors : 0;  // all lanes go on to the sum
   for (int first = place.lane; first < end; first += kPasses * place.lanes) {
-    uint4 weight[kPasses], grad[kPasses];
+    uint4 weight[kPasses];
+    Packed<T, O> grad[kPasses];
     place.load(part.weight, first, weight);
     place.load(part.grad, first, grad);
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
       const int vector = first + pass * place.lanes;
       if (vector >= place.vectors) continue;
-      const VectorGradient g = gradient<T>(grad[pass], weight[pass], by, batch.codes);
-      store_vector(part.out + place.element(vector), g.weight);
+      const VectorGradient g = gradient<T, O>(grad[pass], weight[pass], by, batch.codes);
+      store_vector(part.grad_weight() + place.element(vector), g.weight);
       sum += g.log_scale;
     }
   }
@@ -251,26 +192,27 @@ __global__ void __launch_bounds__(kThreads)
 
 // --- elements ------------------------------------------------------------------------------------
 
-template <typename T, int kMost>
+template <typename T, typename O, int kMost>
 __global__ void __launch_bounds__(kThreads)
-    elements_kernel(const __grid_constant__ Batch<T, kMost> batch) {
+    elements_kernel(const __grid_constant__ Batch<T, O, kMost> batch) {
   const int part_index = batch.part_of(blockIdx.x);
-  const Part<T>& part = batch.parts[part_index];
+  const Part<T, O>& part = batch.parts[part_index];
   const unsigned block = blockIdx.x - batch.first_block[part_index];
   const int64_t group = int64_t{block} * kWarps + threadIdx.x / kWarpSize;
   if (group >= part.groups) return;
   const float scale = scale_of(part.log_scale[group], batch.grid);
   for (int i = threadIdx.x % kWarpSize; i < part.group_size; i += kWarpSize) {
     const int64_t at = group * part.group_size + i;
-    part.out[at] = from_float<T>(fake_quantize(to_float(part.weight[at]), scale, batch.codes));
+    part.quantized()[at] =
+        from_float<O>(fake_quantize(to_float(part.weight[at]), scale, batch.codes));
   }
 }
 
-template <typename T, int kMost>
+template <typename T, typename O, int kMost>
 __global__ void __launch_bounds__(kThreads)
-    elements_backward_kernel(const __grid_constant__ Batch<T, kMost> batch) {
+    elements_backward_kernel(const __grid_constant__ Batch<T, O, kMost> batch) {
   const int part_index = batch.part_of(blockIdx.x);
-  const Part<T>& part = batch.parts[part_index];
+  const Part<T, O>& part = batch.parts[part_index];
   const unsigned block = blockIdx.x - batch.first_block[part_index];
   const int64_t group = int64_t{block} * kWarps + threadIdx.x / kWarpSize;
   if (group >= part.groups) return;
@@ -280,7 +222,7 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t at = group * part.group_size + i;
     const float g = to_float(part.grad[at]), w = to_float(part.weight[at]);
     const Gradient one = gradient_of(g, w, scale, batch.codes);
-    part.out[at] = from_float<T>(one.weight);
+    part.grad_weight()[at] = from_float<T>(one.weight);
     sum += one.log_scale;
   }
   sum = warp_sum(sum);
@@ -289,20 +231,21 @@ __global__ void __launch_bounds__(kThreads)
 
 // --- launch --------------------------------------------------------------------------------------
 
-template <typename T, int kMost>
+template <typename T, typename O, int kMost>
 auto kernel_of(Way way, bool backward) {
   if (way == Way::kTiles)
-    return backward ? tiles_backward_kernel<T, kMost> : tiles_kernel<T, kMost>;
-  if (way == Way::kRows) return backward ? rows_backward_kernel<T, kMost> : rows_kernel<T, kMost>;
-  return backward ? elements_backward_kernel<T, kMost> : elements_kernel<T, kMost>;
+    return backward ? tiles_backward_kernel<T, O, kMost> : tiles_kernel<T, O, kMost>;
+  if (way == Way::kRows)
+    return backward ? rows_backward_kernel<T, O, kMost> : rows_kernel<T, O, kMost>;
+  return backward ? elements_backward_kernel<T, O, kMost> : elements_kernel<T, O, kMost>;
 }
 
 // Quantizes parts that go the same way, up to kMost of them; with gradients, the backward.
-template <int kMost, typename T>
-void launch_parts(const Part<T>* parts, int count, Way way, Codes codes, ScaleGrid grid,
+template <int kMost, typename T, typename O>
+void launch_parts(const Part<T, O>* parts, int count, Way way, Codes codes, ScaleGrid grid,
                   int device) {
-  static_assert(sizeof(Batch<T, kMost>) <= 4096, "kernel arguments of every toolkit fit 4 KB");
-  Batch<T, kMost> batch = {};
+  static_assert(sizeof(Batch<T, O, kMost>) <= 4096, "kernel arguments of every toolkit fit 4 KB");
+  Batch<T, O, kMost> batch = {};
   batch.count = count;
   batch.codes = codes;
   batch.grid = grid;
@@ -313,7 +256,7 @@ void launch_parts(const Part<T>* parts, int count, Way way, Codes codes, ScaleGr
     blocks += static_cast<unsigned>(ceil_div(parts[i].groups, groups_per_block(parts[i], way)));
   }
   const bool backward = parts[0].grad != nullptr;
-  launch(kernel_of<T, kMost>(way, backward), {dim3(blocks), kThreads}, device, batch);
+  launch(kernel_of<T, O, kMost>(way, backward), {dim3(blocks), kThreads}, device, batch);
 }
 
 }  // namespace grace::fake_quant

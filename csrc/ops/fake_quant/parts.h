@@ -6,25 +6,25 @@
 
 namespace grace::fake_quant {
 
-template <typename T>
-Part<T> forward_part(const Tensor& weight, const Tensor& log_scale, const Tensor& out) {
+template <typename T, typename O = T>
+Part<T, O> forward_part(const Tensor& weight, const Tensor& log_scale, const Tensor& out) {
   const int64_t groups = log_scale.numel();
   const int64_t size = groups == 0 ? 0 : weight.size(1) / log_scale.size(1);
   return {data<const T>(weight),
           data<const float>(log_scale),
           nullptr,
-          data<T>(out),
+          out.data_ptr(),
           nullptr,
           size == 0 ? 0 : groups,
           static_cast<int>(size),
           shift_of<T>(static_cast<int>(size))};
 }
 
-template <typename T>
-Part<T> backward_part(const Tensor& grad, const Tensor& weight, const Tensor& log_scale,
-                      const Tensor& grad_weight, const Tensor& grad_log_scale) {
-  Part<T> part = forward_part<T>(weight, log_scale, grad_weight);
-  part.grad = data<const T>(grad);
+template <typename T, typename O = T>
+Part<T, O> backward_part(const Tensor& grad, const Tensor& weight, const Tensor& log_scale,
+                         const Tensor& grad_weight, const Tensor& grad_log_scale) {
+  Part<T, O> part = forward_part<T, O>(weight, log_scale, grad_weight);
+  part.grad = data<const O>(grad);
   part.grad_log_scale = data<float>(grad_log_scale);
   return part;
 }

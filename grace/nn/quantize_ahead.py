@@ -1,0 +1,113 @@
+"""Quantizing the layers of a decoder layer together, and keeping what was made for the backward.
+
+A `FakeQuantLinear` quantizes its own weight when it runs: a launch a layer, and a call of PyTorch's
+dispatcher with autograd. Here a block's linears are quantized by one `fake_quant_many` just before
+the block runs, and the results are gone when it has run. The numbers are the same bit for bit; in
+memory together are the quantized weights of one block instead of one layer, and in the backward
+their gradients.
+
+With gradient checkpointing a block runs twice, and so does this, inside the recomputation: nothing
+is kept between. `hold` makes them once instead, outside of it, for all blocks and until `release`:
+as many bytes as the weights have in the dtype they are multiplied in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.hooks import RemovableHandle
+
+from grace.nn.fake_quant_linear import FakeQuantLinear
+from grace.ops.fake_quant_many import fake_quant_many
+
+
+def quantize_ahead(blocks: Iterable[nn.Module]) -> list[RemovableHandle]:
+    """From now on each block quantizes its `FakeQuantLinear` layers together before it runs.
+
+    Args:
+        blocks: decoder layers. Layers with a packed product go their own way, and so do weights
+            that are still sharded (DTensor) when their block begins.
+
+    Returns:
+        Handles whose `remove()` ends it.
+    """
+    handles = []
+    for block in blocks:
+        handles.append(block.register_forward_pre_hook(_before))
+        handles.append(block.register_forward_hook(_after, always_call=True))
+    return handles
+
+
+def hold(blocks: Iterable[nn.Module], dtype: torch.dtype | None = None) -> None:
+    """Quantize all blocks' layers now; their forwards use that until `release`.
+
+    Call it before the forward and `release` behind the backward; weights must not change between.
+
+    Args:
+        blocks: decoder layers.
+        dtype: what the quantized weights are cast to, that of autocast; None: the weights' own.
+
+    Raises:
+        ValueError: weights that are sharded (FSDP2): a whole model of them is what sharding avoids.
+    """
+    for block in blocks:
+        layers = _dense(block)
+        if any(isinstance(layer.weight, DTensor) for layer in layers):
+            raise ValueError(
+                "hold: weights must be whole on every rank, got sharded ones (hold_quantized is "
+                "for one GPU or DDP)"
+            )
+        _quantize(layers, dtype)
+        for layer in layers:
+            layer.held = True
+
+
+def release(blocks: Iterable[nn.Module]) -> None:
+    """Forget what `hold` made."""
+    for block in blocks:
+        for layer in _dense(block):
+            layer.ahead, layer.held = None, False
+
+
+def _before(block: nn.Module, _: Any) -> None:
+    layers = [layer for layer in _dense(block) if not layer.held]
+    whole = [layer for layer in layers if not isinstance(layer.weight, DTensor)]
+    device = whole[0].weight.device.type if whole else "cpu"
+    autocast = torch.is_autocast_enabled(device)
+    _quantize(whole, torch.get_autocast_dtype(device) if autocast else None)
+
+
+def _after(block: nn.Module, *_: Any) -> None:
+    for layer in _dense(block):
+        if not layer.held:
+            layer.ahead = None
+
+
+def _dense(block: nn.Module) -> list[FakeQuantLinear]:
+    """Looked for each time: layers are replaced when a model is packed."""
+    found = (m for m in block.modules() if isinstance(m, FakeQuantLinear))
+    return [layer for layer in found if layer.product == "dense"]
+
+
+def _quantize(layers: list[FakeQuantLinear], dtype: torch.dtype | None) -> None:
+    """Sets `ahead` of layers, a call for all of one kind."""
+    kinds: dict[tuple[Any, ...], list[FakeQuantLinear]] = {}
+    for layer in layers:
+        weight = layer.weight
+        kind = (layer.bits, layer.group_size, layer.scale_dtype, weight.dtype, weight.device)
+        kinds.setdefault(kind, []).append(layer)
+    for (bits, group_size, scale_dtype, weight_dtype, _), alike in kinds.items():
+        made: list[Tensor] = fake_quant_many(
+            [layer.weight for layer in alike],
+            [layer.log_scale for layer in alike],
+            bits=bits,
+            group_size=group_size,
+            scale_dtype=scale_dtype,
+            dtype=dtype if weight_dtype == torch.float32 else None,
+        )
+        for layer, quantized in zip(alike, made, strict=True):
+            layer.ahead = quantized if dtype is None else quantized.to(dtype)
