@@ -104,7 +104,7 @@ def linear_gated_dkd(
         ValueError: for any other shape, dtype, device or setting.
     """
     op = "linear_gated_dkd"
-    student_head, teacher_head = _whole(student_head), _whole(teacher_head)
+    student_head, teacher_head = whole_head(student_head), whole_head(teacher_head)
     _check_side(op, "student", student_hidden, student_head, student_hidden)
     _check_side(op, "teacher", teacher_hidden, teacher_head, student_hidden)
     check_labels(op, labels, "student_hidden", student_hidden)
@@ -159,7 +159,7 @@ def _balanced(total: int, most: int) -> int:
     return max(1, min(most, _ceil_div(each, _EVEN) * _EVEN))
 
 
-def _whole(head: Tensor) -> Tensor:
+def whole_head(head: Tensor) -> Tensor:
     """The head itself, or all of one that is sharded over ranks; as FSDP2 does, its gradient is the
     mean of what the ranks find, each in its own tokens."""
     sharded: Any = head

@@ -30,7 +30,13 @@ class VisualTokens:
 
 
 class HiddenStates:
-    """What one forward left behind: the normed last hidden states and those of one layer."""
+    """What one forward left behind: the normed last hidden states and those of one layer.
+
+    `heads` are the weights that the last ones are multiplied by, the student's [V, d] and the
+    teacher's where it distils; whole, whoever shards them.
+    """
+
+    heads: tuple[Tensor, Tensor | None]
 
     def __init__(self) -> None:
         self.last: Tensor | None = None
@@ -69,9 +75,52 @@ class Adapter:
         """Modules of the vision tower, without the projector between it and the decoder."""
         return [_part(self.base, name) for name in self.vision_parts]
 
+    def layer_classes(self) -> set[str]:
+        """Names of the classes of decoder layers and of the vision tower's layers."""
+        lists = [part for tower in self.vision_modules() for part in tower.modules()]
+        towers = [part for part in lists if isinstance(part, nn.ModuleList) and len(part)]
+        return {type(layers[0]).__name__ for layers in (self.layers, *towers)}
+
     def visual_tokens(self, batch: Mapping[str, Any]) -> VisualTokens | None:
         """The visual tokens of `batch`, image after image; None for a batch without any."""
         raise NotImplementedError
+
+    def blank_image(self, device: torch.device) -> dict[str, Tensor]:
+        """The smallest black image, as arguments of the model's `get_image_features`."""
+        raise NotImplementedError
+
+    @contextmanager
+    def vision_always(self, batch: Mapping[str, Any], needed: bool) -> Iterator[None]:
+        """Within the context, the vision tower runs even for a batch without pixels: on a blank
+        image, whose features count zero times.
+
+        Every rank then has the same parameters in its graph and gathers the same shards in the
+        same order; a rank with nothing but text would let the others wait for ever.
+
+        Args:
+            batch: inputs of the model.
+            needed: whether there are other ranks; False does nothing.
+        """
+        if not needed or any(
+            batch.get(name) is not None for name in ("pixel_values", "pixel_values_videos")
+        ):
+            yield
+            return
+
+        def add_nothing(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            embeds = kwargs["inputs_embeds"]
+            found = self.base.get_image_features(
+                **self.blank_image(embeds.device), return_dict=True
+            )
+            features = [*found.pooler_output, *(getattr(found, "deepstack_features", None) or ())]
+            nothing = 0 * torch.stack([feature.float().sum() for feature in features]).sum()
+            return args, {**kwargs, "inputs_embeds": embeds + nothing.to(embeds.dtype)}
+
+        hook = self.language_model.register_forward_pre_hook(add_nothing, with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
 
     @contextmanager
     def capture(self, layer: int) -> Iterator[HiddenStates]:
@@ -116,6 +165,12 @@ class LlavaAdapter(Adapter):
         bounds = torch.arange(pixels.shape[0] + 1, dtype=torch.int32, device=index.device)
         return VisualTokens(index, bounds * each)
 
+    def blank_image(self, device: torch.device) -> dict[str, Tensor]:
+        """Of the size that the vision tower takes."""
+        vision = self.config.vision_config
+        shape = (1, vision.num_channels, vision.image_size, vision.image_size)
+        return {"pixel_values": torch.zeros(shape, device=device)}
+
 
 class QwenAdapter(Adapter):
     """Qwen2-VL, Qwen2.5-VL, Qwen3-VL: a grid (t, h, w) an image or video, merged m × m."""
@@ -137,6 +192,16 @@ class QwenAdapter(Adapter):
             return None
         ends = torch.cat(lengths).cumsum(0)
         return VisualTokens(torch.cat(index), nn.functional.pad(ends, (1, 0)).to(torch.int32))
+
+    def blank_image(self, device: torch.device) -> dict[str, Tensor]:
+        """One token: merge × merge patches."""
+        vision = self.config.vision_config
+        merge = vision.spatial_merge_size
+        values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        return {
+            "pixel_values": torch.zeros(merge * merge, values, device=device),
+            "image_grid_thw": torch.tensor([[1, merge, merge]], device=device),
+        }
 
 
 FAMILIES: dict[str, type[Adapter]] = {

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from grace.ops.linear_gated_dkd import whole_head
 from grace.training.adapters import Adapter, VisualTokens, adapter_for
 from grace.training.config import GraceConfig
 from grace.training.objective import Share, gate_sum
@@ -61,12 +62,16 @@ class Teacher:
         self.layer = config.rcka_layer
         self.distils = config.distillation != "none"
         self.aligns = config.omega > 0
+        # What FSDP2 gathers in inference mode it could not gather into again outside of it.
+        self.mode = torch.no_grad if config.teacher_fsdp else torch.inference_mode
+        self.everywhere = config.world_size > 1
 
     def __call__(
         self, inputs: Mapping[str, Any], index: Tensor, visual: VisualTokens | None
     ) -> TeacherRows:
         """Hidden states of `inputs` at supervised positions and at visual tokens."""
-        with torch.inference_mode(), self.adapter.capture(self.layer) as states:
+        vision = self.adapter.vision_always(inputs, self.everywhere)
+        with self.mode(), vision, self.adapter.capture(self.layer) as states:
             self.model(**inputs, use_cache=False, logits_to_keep=1)
         # Gathered outside inference mode: ops save the rows for their backward.
         with torch.no_grad():
@@ -91,7 +96,12 @@ def plan(
         config: the run's options.
         reduce: sums a tensor over ranks; called once, on every rank.
     """
-    drafts = [_draft(batch, adapter, teacher) for batch in batches]
+    # Finding tokens waits for the device: it comes before the teacher's work is queued there.
+    places = [_place(batch, adapter, teacher) for batch in batches]
+    drafts: list[_Draft] = [
+        (*place, _teacher_rows(batch, teacher, place[0], place[2]))
+        for batch, place in zip(batches, places, strict=True)
+    ]
     single = len(batches) == 1 and reduce is identity
     counts = torch.stack([_counts(draft, adapter, teacher, config, single) for draft in drafts])
     total = reduce(counts.sum(0)).clamp_min(1e-9)
@@ -109,13 +119,14 @@ def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in batch.items() if name not in EXTRA_KEYS}
 
 
+_Place = tuple[Tensor, Tensor, VisualTokens | None]
 _Draft = tuple[Tensor, Tensor, VisualTokens | None, TeacherRows | None]
 
 
-def _draft(batch: Mapping[str, Any], adapter: Adapter, teacher: Teacher | None) -> _Draft:
+def _place(batch: Mapping[str, Any], adapter: Adapter, teacher: Teacher | None) -> _Place:
     index, targets = supervised(batch["labels"])
     visual = adapter.visual_tokens(batch) if teacher is not None and teacher.aligns else None
-    return index, targets, visual, _teacher_rows(batch, teacher, index, visual)
+    return index, targets, visual
 
 
 def _teacher_rows(
@@ -151,7 +162,7 @@ def _counts(
     gated = config.distillation == "gdkd" and config.gate
     # One micro-batch is the whole step: its own normalisation by Σ gates is already the step's.
     if gated and not single and teacher is not None and rows is not None:
-        vocabulary = min(adapter.head.shape[0], teacher.adapter.head.shape[0])
-        weight = gate_sum(rows.last, teacher.adapter.head, vocabulary)
+        head = whole_head(teacher.adapter.head)
+        weight = gate_sum(rows.last, head, min(adapter.head.shape[0], head.shape[0]))
     images = torch.zeros_like(tokens) if visual is None else visual.images(config.rcka_min_tokens)
     return torch.stack([tokens.double(), weight.double(), images.double()])

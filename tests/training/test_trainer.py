@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from grace.nn import FakeQuantLinear
+from grace.training.step import identity
 from grace.training.trainer import GraceTrainer
 
 
@@ -196,11 +197,11 @@ def test_what_is_missing_or_unknown(make_trainer: Callable, make_student: Callab
 def test_code_flips(make_trainer: Callable) -> None:
     trainer = make_trainer(learning_rate=0.0)
     trainer.train()
-    assert trainer._flips.rate() == 0.0
+    assert trainer._drift.rates(identity)["code_flip_rate"] == 0.0
     layer = next(m for m in trainer.model.modules() if isinstance(m, FakeQuantLinear))
     with torch.no_grad():
         layer.weight.neg_()
-    assert 0 < trainer._flips.rate() < 1
+    assert 0 < trainer._drift.rates(identity)["code_flip_rate"] < 1
 
 
 def test_evaluation_is_the_same_loss(make_trainer: Callable, dataset: Any) -> None:
