@@ -12,6 +12,7 @@ import contextlib
 from typing import Any
 
 import torch
+from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import Trainer
@@ -49,6 +50,8 @@ class ShardingTrainer(Trainer):
         state = self.accelerator.state
         if self._fsdp_plugin is not None and state.distributed_type == DistributedType.MULTI_CPU:
             state.distributed_type = DistributedType.FSDP
+            # As accelerate does on GPUs: every new AcceleratorState copies what stands there.
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
             state.fsdp_plugin = self._fsdp_plugin
             self.is_fsdp_enabled = True
 
