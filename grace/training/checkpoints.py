@@ -56,11 +56,15 @@ class AtomicTrainer(ShardingTrainer):
         if self.args.should_save:
             shutil.rmtree(beside, ignore_errors=True)
         self.accelerator.wait_for_everyone()  # or another rank's file of this save would go too
+        try:
+            self._write_and_publish(model, trial, run, beside)
+        except _WRITE_ERRORS as error:
+            self._give_up(error, run, beside)
+
+    def _write_and_publish(self, model: nn.Module, trial: Any, run: Path, beside: Path) -> None:
         self._saving_into = str(beside)
         try:
             super()._save_checkpoint(model, trial)
-        except _WRITE_ERRORS as error:
-            self._give_up(error, run, beside)
         finally:
             self._saving_into = None
         self.accelerator.wait_for_everyone()
