@@ -14,9 +14,16 @@ def train(
 ) -> None:
     """Train a low-bit student under a teacher, from a YAML file.
 
-    Resume an interrupted run with `resume_from_checkpoint=true`.
+    Resume an interrupted run with `resume_from_checkpoint=true` (`auto`: if there is one). Ctrl-C
+    and SIGTERM leave a checkpoint; a second Ctrl-C does not. Several GPUs:
+    `torchrun --nproc-per-node=2 -m grace.cli train config.yaml`.
     """
+    from grace.training.interrupt import Interrupted
     from grace.training.run import read_config, run
 
-    final = run(read_config(config, overrides or ()))
+    try:
+        final = run(read_config(config, overrides or ()))
+    except Interrupted as stop:
+        typer.echo(f"grace: {stop}", err=True)
+        raise typer.Exit(stop.exit_code) from None
     typer.echo(f"trained student: {final}\npack it with: grace export {final} OUT")

@@ -46,10 +46,15 @@ def write_whole(path: Path, text: str) -> Path:
 
 
 def require_writable(directory: Path) -> None:
-    """Make `directory` and write a file in it; OSError tells that it must be writable."""
+    """OSError unless files can be written in `directory`, or where it would be made.
+
+    Nothing is left of the attempt, and `directory` is not made.
+    """
+    place = directory.absolute()
+    while not place.exists():
+        place = place.parent
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=directory, prefix=".writable-") as probe:
+        with tempfile.NamedTemporaryFile(dir=place, prefix=".writable-") as probe:
             probe.write(b"0" * 4096)
             probe.flush()
             os.fsync(probe.fileno())

@@ -29,14 +29,37 @@ def peak_gib(device: torch.device) -> dict[str, float]:
     return {name: round(value, 3) for name, value in found.items()}
 
 
+def peak_of_all_ranks(accelerator: Any) -> dict[str, float]:
+    """The largest `peak_gib` of any rank; called on every rank."""
+    mine = peak_gib(accelerator.device)
+    values = torch.tensor([list(mine.values())], dtype=torch.float64, device=accelerator.device)
+    largest = accelerator.gather(values).max(0).values
+    return dict(zip(mine, largest.tolist(), strict=True))
+
+
+@contextmanager
+def explained_while_loading() -> Iterator[None]:
+    """Within the context, running out of GPU memory tells how to load less."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(
+            f"train: memory of the GPU must hold student and teacher, got: {_first(error)}. Set "
+            "teacher_bits=8, or teacher_fsdp=true and fsdp=true over several ranks"
+        ) from error
+
+
 @contextmanager
 def explained(trainer: Any) -> Iterator[None]:
     """Within the context, running out of GPU memory raises `OutOfMemory` with what to lower."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        first = " ".join(str(error).split())[:200]
-        raise OutOfMemory(advice(trainer, first)) from error
+        raise OutOfMemory(advice(trainer, _first(error))) from error
+
+
+def _first(error: BaseException) -> str:
+    return " ".join(str(error).split())[:160]
 
 
 def advice(trainer: Any, error: str) -> str:

@@ -6,8 +6,9 @@
     bits: 4                           … and any other field of GraceConfig
 
 Nothing is written before the configuration, the data and both models are known to be good. The run
-directory then holds `config.yaml`, `train.log`, `metrics.jsonl`, `curves.png`, `checkpoint-*` and
-`final`: the trained student with its log-scales, which `grace export` turns into a packed one.
+directory then holds `config.yaml`, `train.log`, `metrics.jsonl`, `curves.png`, `summary.json`,
+`checkpoint-*` and `final`: the trained student with its log-scales, which `grace export` turns into
+a packed one.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 import re
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,11 +26,18 @@ from typing import Any
 
 import torch
 import yaml
+from tqdm.auto import tqdm
+from transformers.trainer_utils import get_last_checkpoint
 
 from grace.checkpoint import Checkpoint
+from grace.training import memory
 from grace.training.callbacks import METRICS, read_metrics
 from grace.training.config import GraceConfig, check_keys, suggestion
+from grace.training.files import publish, require_writable
+from grace.training.interrupt import Interrupted
+from grace.training.summary import lines, summarize, write_summary
 
+_log = logging.getLogger(__name__)
 FINAL = "final"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -145,28 +153,54 @@ def run(config: RunConfig) -> Path:
 
     Raises:
         ValueError: data or models that cannot be used together, or an output directory that holds
-            another run (resume it with `resume_from_checkpoint: true`).
+            another run (resume it with `resume_from_checkpoint: true`, or `auto`).
+        OSError: an output directory that cannot be written or has no room for a checkpoint.
+        OutOfMemory: with what to lower.
+        Interrupted: SIGINT or SIGTERM ended the run, behind a checkpoint.
     """
-    from grace.training.plots import plot_curves
-
     output, training = Path(str(config.training.output_dir)), config.training
-    resume = _resume_point(training.resume_from_checkpoint)
+    resume = _resume_point(training.resume_from_checkpoint, output)
     if not resume and (list(output.glob("checkpoint-*")) or (output / FINAL).exists()):
         raise ValueError(
             f"train: output_dir must not hold another run, got {output}; choose another or give "
             "resume_from_checkpoint=true"
         )
-    trainer = build(config)
-    _describe(config, output)
+    require_writable(output)
+    with memory.explained_while_loading():
+        trainer = build(config)
+    if trainer.is_world_process_zero():
+        _describe(config, output)
+    started = time.perf_counter()
     trainer.train(resume_from_checkpoint=resume)
-    final = save_final(trainer, output / FINAL)
-    plot_curves(read_metrics(output / METRICS), output / "curves.png")
-    return final
+    _report(trainer, output, time.perf_counter() - started)
+    if trainer.stopped_by:
+        raise Interrupted(trainer.state.global_step, trainer.stopped_by, str(output))
+    return save_final(trainer, output / FINAL)
 
 
-def _resume_point(value: Any) -> bool | str | None:
+def _resume_point(value: Any, output: Path) -> bool | str | None:
+    """`auto` is true where there is a checkpoint, for jobs that a scheduler starts again."""
     words = {"true": True, "false": None, "none": None, "": None}
+    if isinstance(value, str) and value.lower() == "auto":
+        return True if output.is_dir() and get_last_checkpoint(str(output)) else None
     return words.get(value.lower(), value) if isinstance(value, str) else value
+
+
+def _report(trainer: Any, output: Path, seconds: float) -> None:
+    """Draw the curves, write the summary and say it."""
+    from grace.training.plots import plot_curves
+
+    peak = memory.peak_of_all_ranks(trainer.accelerator)  # on every rank
+    if not trainer.is_world_process_zero():
+        return
+    rows = read_metrics(output / METRICS)
+    plot_curves(rows, output / "curves.png")
+    summary = summarize(rows, seconds, peak, trainer.args.world_size)
+    write_summary(summary, output)
+    for text in lines(summary):
+        _log.info(text)
+        if not trainer.args.disable_tqdm:
+            tqdm.write(text)
 
 
 def build(config: RunConfig) -> Any:
@@ -207,16 +241,18 @@ def _describe(config: RunConfig, output: Path) -> None:
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     for name in ("grace", "transformers"):
         logging.getLogger(name).addHandler(handler)
+    logging.getLogger("grace").setLevel(logging.INFO)
 
 
 def save_final(trainer: Any, directory: Path) -> Path:
     """Save the trained student, processor and run facts; `directory` appears whole or not."""
     beside = directory.with_name(directory.name + ".unfinished")
-    shutil.rmtree(beside, ignore_errors=True)
+    if trainer.args.should_save:
+        shutil.rmtree(beside, ignore_errors=True)
     trainer.save_model(str(beside))
     if trainer.args.should_save:
         facts = {"steps": trainer.state.global_step, "modules": trainer.quantized}
         (beside / "grace_training.json").write_text(json.dumps(facts, indent=1))
-        shutil.rmtree(directory, ignore_errors=True)
-        os.replace(beside, directory)
+        publish(beside, directory)
+    trainer.accelerator.wait_for_everyone()
     return directory
