@@ -1,4 +1,4 @@
-"""What a run shows of itself: progress, lines, drift, TensorBoard, plots, summary, out of memory."""
+"""What a run shows of itself: progress, drift, TensorBoard, plots, summary, out of memory."""
 
 from __future__ import annotations
 
