@@ -132,6 +132,10 @@ class GraceConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         _check(self)
+        if self.ddp_find_unused_parameters is None:
+            # Every batch runs the vision tower, so that all of the rest always has a gradient; a
+            # tower that trains may have layers behind the one whose features are taken.
+            self.ddp_find_unused_parameters = not self.freeze_vision
         super().__post_init__()
 
     @classmethod

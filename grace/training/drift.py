@@ -59,24 +59,26 @@ class CodeDrift(TrainerCallback):
         """
         if not self.layers:
             return {}
-        # By decoder layer: codes that changed, codes, Σ |θ − θ₀|, log-scales.
-        counts = torch.zeros(max(self.depth) + 1, 4, dtype=torch.float64)
         codes, before = list(self._codes()), self.codes
-        for index, (new, old) in enumerate(zip(codes, before or codes, strict=True)):
-            drift, scales = self._drift(index)
-            flips = float((new != old).sum())
-            counts[self.depth[index]] += torch.tensor([flips, new.numel(), drift, scales])
+        found = [
+            self._counts(index, new, old)
+            for index, (new, old) in enumerate(zip(codes, before or codes, strict=True))
+        ]
         self.codes = codes
-        device = self.layers[0].log_scale.device
-        return _rates(reduce(counts.to(device)).cpu())
+        counts = torch.zeros(max(self.depth) + 1, 4, dtype=torch.float64, device=found[0].device)
+        depth = torch.tensor(self.depth, device=counts.device)
+        return _rates(reduce(counts.index_add_(0, depth, torch.stack(found))).cpu())
 
     @torch.no_grad()
-    def _drift(self, index: int) -> tuple[float, int]:
-        """Sum of |θ − θ₀| and number of log-scales of a layer."""
+    def _counts(self, index: int, new: Tensor, old: Tensor) -> Tensor:
+        """Of a layer: codes that changed, codes, Σ |θ − θ₀|, log-scales; float64 [4]."""
         layer, first = self.layers[index], self.first[index]
         now, start = first_rows(layer.log_scale, len(first))
-        first = first[start : start + len(now)].to(now.device)
-        return float((now - first).abs().sum()), now.numel()
+        drift = (now - first[start : start + len(now)].to(now.device)).abs().sum()
+        numbers = [(new != old).sum(), new.numel(), drift, now.numel()]
+        return torch.stack(
+            [torch.as_tensor(n, dtype=torch.float64, device=now.device) for n in numbers]
+        )
 
     @torch.no_grad()
     def _codes(self) -> Iterator[Tensor]:

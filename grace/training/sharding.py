@@ -12,6 +12,7 @@ import contextlib
 from typing import Any
 
 import torch
+from accelerate import ParallelismConfig
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
@@ -53,6 +54,9 @@ class ShardingTrainer(Trainer):
             # As accelerate does on GPUs: every new AcceleratorState copies what stands there.
             PartialState._shared_state["distributed_type"] = DistributedType.FSDP
             state.fsdp_plugin = self._fsdp_plugin
+            # Without one torch takes the mesh of the machine's GPUs, if it has any.
+            state.parallelism_config = ParallelismConfig(dp_shard_size=state.num_processes)
+            state.device_mesh = state.parallelism_config.build_device_mesh("cpu")
             self.is_fsdp_enabled = True
 
     def shard_by(self, layers: set[str]) -> None:
@@ -74,17 +78,20 @@ class ShardingTrainer(Trainer):
         return torch.autocast(self.args.device.type, dtype)
 
 
-def shard_frozen(model: nn.Module, layers: nn.ModuleList) -> None:
+def shard_frozen(model: nn.Module, layers: nn.ModuleList, device: torch.device) -> None:
     """Shard a frozen model over all ranks, in place: each of `layers`, and the rest as one.
 
     A layer's parameters are whole only while it runs. The rest (embeddings, vision tower, head) is
-    whole from the first forward on.
+    whole from the first forward on. Each part goes to `device` as it is sharded, so that a model on
+    the host never has to fit a GPU as a whole.
     """
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for layer in layers:
-        fully_shard(layer, reshard_after_forward=True)
-    fully_shard(model, reshard_after_forward=False)
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
 
 
 def first_rows(parameter: Tensor, rows: int) -> tuple[Tensor, int]:

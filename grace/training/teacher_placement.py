@@ -22,11 +22,12 @@ def place_teacher(model: nn.Module, config: GraceConfig) -> Teacher:
     """
     if config.teacher_fsdp and config.world_size == 1:
         raise ValueError("GraceConfig: teacher_fsdp must be False on one rank, got True")
+    if config.teacher_fsdp:
+        shard_frozen(model.requires_grad_(False), adapter_for(model).layers, config.device)
+        return Teacher(model, config)
     model = model.to(config.device)
     if config.teacher_bits is not None:
         _pack(model, config.teacher_bits, config.teacher_group_size)
-    if config.teacher_fsdp:
-        shard_frozen(model.requires_grad_(False), adapter_for(model).layers)
     return Teacher(model, config)
 
 
