@@ -3,7 +3,8 @@
 A command is a file: `grace/cli/<name>.py` holds a function `<name>` (with its options as typer
 annotations), or a `typer.Typer()` named `app` where it has commands of its own. Nothing is
 registered by hand: the package is scanned. A file whose name Python reserves ends in an underscore
-(`import_.py` is `grace import`); a file whose name begins with one is not a command.
+(`import_.py` is `grace import`), an underscore within a name is a hyphen of the command; a file
+whose name begins with one is not a command.
 
 A command file imports typer and the standard library at its top and everything heavy (torch,
 transformers) inside its function, so that `grace --help` answers at once.
@@ -63,7 +64,7 @@ def _register(app: typer.Typer, name: str) -> None:
         app.add_typer(module.app, name=name)
         return
     function = getattr(module, reserved, None) or getattr(module, name)
-    app.command(name)(function)
+    app.command(name.replace("_", "-"))(function)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from grace.training.step import IGNORE
+from grace.training.step import IGNORE, TEACHER_LAST, TEACHER_LAYER
+
+_JOINED = ("pixel_values", "pixel_values_videos", TEACHER_LAST, TEACHER_LAYER)
 
 
 class Collator:
@@ -37,6 +39,6 @@ class Collator:
     def _join(self, name: str, tensors: list[Tensor]) -> Tensor:
         if tensors[0].dim() == 0:
             return torch.stack(tensors)
-        if name in ("pixel_values", "pixel_values_videos") or name.endswith("_grid_thw"):
+        if name in _JOINED or name.endswith("_grid_thw"):
             return torch.cat(tensors)
         return pad_sequence(tensors, batch_first=True, padding_value=self.fill.get(name, 0))

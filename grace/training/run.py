@@ -4,6 +4,7 @@
     data: {path: rows.json, image_root: images, on_error: raise, max_length: null}
     preset: paper                     output_dir: runs/name
     bits: 4                           … and any other field of GraceConfig
+    teacher_cache: folder of `grace precompute-teacher`, in place of running the teacher
 
 Nothing is written before the configuration, the data and both models are known to be good. The run
 directory then holds `config.yaml`, `train.log`, `metrics.jsonl`, `curves.png`, `summary.json`,
@@ -36,6 +37,7 @@ from grace.training.config import GraceConfig, check_keys, suggestion
 from grace.training.files import publish, require_writable
 from grace.training.interrupt import Interrupted
 from grace.training.summary import lines, summarize, write_summary
+from grace.training.teacher_cache import CachedTeacher, TeacherCache, origin, precompute
 
 _log = logging.getLogger(__name__)
 FINAL = "final"
@@ -60,6 +62,7 @@ class RunConfig:
     data: DataConfig
     training: GraceConfig
     teacher: str | None = None
+    teacher_cache: str | None = None
     source: dict[str, Any] = field(default_factory=dict, compare=False)
 
 
@@ -100,7 +103,7 @@ def parse_config(options: dict[str, Any]) -> RunConfig:
         if not options.get(name):
             raise ValueError(f"train: {name} must be given, got {options.get(name)!r}")
     student, teacher = options.pop("student"), options.pop("teacher", None)
-    data = _data_config(options.pop("data"))
+    data, cache = _data_config(options.pop("data")), options.pop("teacher_cache", None)
     preset = options.pop("preset", "paper")
     check_keys(options)
     if not (options.get("fp16") or options.get("use_cpu")) and torch.cuda.is_available():
@@ -111,7 +114,11 @@ def parse_config(options: dict[str, Any]) -> RunConfig:
     for name in filter(None, (student, teacher)):
         if Path(name).exists() or not is_hub_name(name):
             Checkpoint(name)  # raises where it is not whole
-    return RunConfig(student, data, training, teacher, source)
+    if cache and not (teacher and Path(teacher).is_dir()):
+        raise ValueError(
+            f"train: teacher must be the directory that teacher_cache was made from, got {teacher}"
+        )
+    return RunConfig(student, data, training, teacher, cache, source)
 
 
 def _data_config(options: Any) -> DataConfig:
@@ -205,11 +212,32 @@ def _report(trainer: Any, output: Path, seconds: float) -> None:
 
 def build(config: RunConfig) -> Any:
     """The trainer of a run: data read, both models loaded, the student quantized."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
     from grace.training.collator import Collator
-    from grace.training.data import ConversationDataset, read_rows
     from grace.training.trainer import GraceTrainer
+
+    dataset, processor = _read_data(config)
+    teacher: Any = None
+    if config.training.needs_teacher and config.teacher_cache is not None:
+        made_from = _origin(config, processor)
+        dataset = TeacherCache(dataset, Path(config.teacher_cache), made_from)
+        teacher = CachedTeacher(dataset.head())
+    elif config.training.needs_teacher:
+        teacher = _load_teacher(config)
+    return GraceTrainer(
+        _load(config.student, torch.float32),
+        config.training,
+        teacher,
+        train_dataset=dataset,
+        data_collator=Collator(processor),
+        processing_class=processor,
+    )
+
+
+def _read_data(config: RunConfig) -> tuple[Any, Any]:
+    """The dataset, and the student's processor."""
+    from transformers import AutoProcessor
+
+    from grace.training.data import ConversationDataset, read_rows
 
     data = config.data
     rows = read_rows(data.path)
@@ -218,19 +246,59 @@ def build(config: RunConfig) -> Any:
     dataset = ConversationDataset(
         rows, processor, root, on_error=data.on_error, max_length=data.max_length
     )
-    load = AutoModelForImageTextToText.from_pretrained
-    teacher = None
-    if config.training.needs_teacher and config.teacher is not None:
-        on_gpu = config.training.device.type == "cuda"
-        teacher = load(config.teacher, dtype=torch.bfloat16 if on_gpu else torch.float32)
-    return GraceTrainer(
-        load(config.student, dtype=torch.float32),
-        config.training,
-        teacher,
-        train_dataset=dataset,
-        data_collator=Collator(processor),
-        processing_class=processor,
+    return dataset, processor
+
+
+def _load(name: str, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
+
+
+def _load_teacher(config: RunConfig) -> Any:
+    on_gpu = config.training.device.type == "cuda"
+    return _load(str(config.teacher), torch.bfloat16 if on_gpu else torch.float32)
+
+
+def _origin(config: RunConfig, processor: Any) -> dict[str, Any]:
+    return origin(
+        rows=Path(config.data.path),
+        processor=processor,
+        teacher=Path(str(config.teacher)),
+        layer=config.training.rcka_layer,
+        max_length=config.data.max_length,
     )
+
+
+def precompute_teacher(config: RunConfig, folder: Path, *, batch_size: int = 8) -> Path:
+    """Make the cache of a run's teacher (`grace.training.teacher_cache`), or go on with it.
+
+    Raises:
+        ValueError: a run without a teacher's directory, rows with videos, or the cache of another.
+        OSError: a folder that cannot be written or has no room.
+    """
+    from grace.training.collator import Collator
+    from grace.training.teacher_placement import place_teacher
+
+    if config.training.world_size > 1:
+        raise ValueError(f"precompute-teacher: ranks must be one, got {config.training.world_size}")
+    if config.teacher is None or not Path(config.teacher).is_dir():
+        raise ValueError(f"precompute-teacher: teacher must be a directory, got {config.teacher}")
+    require_writable(folder)
+    dataset, processor = _read_data(config)
+    with memory.explained_while_loading():
+        teacher: Any = place_teacher(_load_teacher(config), config.training)
+    hidden = config.training.disable_tqdm
+    with tqdm(total=len(dataset), unit="row", desc="teacher", disable=hidden) as bar:
+        return precompute(
+            folder,
+            teacher,
+            dataset,
+            Collator(processor),
+            _origin(config, processor),
+            batch_size=batch_size,
+            advance=bar.update,
+        )
 
 
 def _describe(config: RunConfig, output: Path) -> None:

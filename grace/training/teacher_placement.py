@@ -12,14 +12,17 @@ from grace.training.adapters import adapter_for
 from grace.training.config import GraceConfig
 from grace.training.sharding import shard_frozen
 from grace.training.step import MicroBatch, Teacher
+from grace.training.teacher_cache import CachedTeacher, CachedTeacherRows
 
 
-def place_teacher(model: nn.Module, config: GraceConfig) -> Teacher:
+def place_teacher(model: nn.Module, config: GraceConfig) -> Teacher | CachedTeacherRows:
     """The teacher on the run's device, packed or sharded where the options say so.
 
     Raises:
         ValueError: `teacher_group_size` does not divide its layers, or `teacher_fsdp` on one rank.
     """
+    if isinstance(model, CachedTeacher):
+        return CachedTeacherRows(model.head.to(config.device), config)
     if config.teacher_fsdp and config.world_size == 1:
         raise ValueError("GraceConfig: teacher_fsdp must be False on one rank, got True")
     if config.teacher_fsdp:

@@ -23,7 +23,7 @@ from grace.training.meter import SUMS, Meter, share_of
 from grace.training.objective import rcka, token_terms
 from grace.training.optimizer import parameter_groups, use_fp32_masters
 from grace.training.progress import Progress
-from grace.training.step import MicroBatch, Teacher, identity, model_inputs, plan
+from grace.training.step import MicroBatch, identity, model_inputs, plan
 from grace.training.teacher_placement import TeacherStream, place_teacher
 
 _MICRO = "grace_micro_batch"  # key under which a batch carries its MicroBatch
@@ -46,8 +46,8 @@ class GraceTrainer(AtomicTrainer):
             `FakeQuantLinear` unless they are already, or `args.quantization` is off; its
             parameters become fp32, its vision tower is frozen unless told otherwise.
         args: the options.
-        teacher: a model that takes the student's inputs; needed unless `args.needs_teacher` is
-            False, and ignored then.
+        teacher: a model that takes the student's inputs, or a `CachedTeacher` where batches bring
+            its rows; needed unless `args.needs_teacher` is False, and ignored then.
         **trainer: what transformers' Trainer takes: train_dataset, data_collator,
             processing_class, callbacks …
 
@@ -100,7 +100,7 @@ class GraceTrainer(AtomicTrainer):
         for callback in (self._drift, MetricsWriter(), Progress()):
             self.add_callback(callback)
 
-    def _place_teacher(self, teacher: nn.Module | None) -> Teacher | None:
+    def _place_teacher(self, teacher: nn.Module | None) -> Any:
         if teacher is None or not self.args.needs_teacher:
             return None
         return place_teacher(teacher, self.args)
