@@ -28,7 +28,7 @@ _ORDER = ("info", "quickstart", "train", "export", "import", "verify", "generate
 def command_names() -> list[str]:
     """Names of all commands, those of the usual way through first, the others by alphabet."""
     files = (module.name for module in pkgutil.iter_modules(__path__))
-    names = {name.rstrip("_") for name in files if not name.startswith("_")}
+    names = {name.rstrip("_").replace("_", "-") for name in files if not name.startswith("_")}
     first = [name for name in _ORDER if name in names]
     return first + sorted(names.difference(first))
 
@@ -57,14 +57,15 @@ def _options(
 
 
 def _register(app: typer.Typer, name: str) -> None:
-    reserved = f"{name}_"
+    plain = name.replace("-", "_")
+    reserved = f"{plain}_"
     known = {module.name for module in pkgutil.iter_modules(__path__)}
-    module = importlib.import_module(f"{__name__}.{reserved if reserved in known else name}")
+    module = importlib.import_module(f"{__name__}.{reserved if reserved in known else plain}")
     if hasattr(module, "app"):
         app.add_typer(module.app, name=name)
         return
-    function = getattr(module, reserved, None) or getattr(module, name)
-    app.command(name.replace("_", "-"))(function)
+    function = getattr(module, reserved, None) or getattr(module, plain)
+    app.command(name)(function)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
