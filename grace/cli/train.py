@@ -1,5 +1,6 @@
 """`grace train`: a low-bit student from a YAML file."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -26,4 +27,5 @@ def train(
     except Interrupted as stop:
         typer.echo(f"grace: {stop}", err=True)
         raise typer.Exit(stop.exit_code) from None
-    typer.echo(f"trained student: {final}\npack it with: grace export {final} OUT")
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(f"trained student: {final}\npack it with: grace export {final} OUT")

@@ -65,8 +65,7 @@ def assert_same(one: Path, two: Path, rtol: float = 1e-4, atol: float = 2e-6) ->
     "options",
     [
         pytest.param({}, id="ddp"),
-        pytest.param({"fsdp": True}, id="fsdp"),
-        pytest.param({**SHARDED, "gradient_checkpointing": True}, id="fsdp-teacher-checkpointing"),
+        pytest.param({**SHARDED, "gradient_checkpointing": True}, id="fsdp"),
     ],
 )
 def test_two_ranks_equal_one(rows_root: Path, one: Any, tmp_path: Path, options: dict) -> None:
@@ -82,13 +81,22 @@ def test_a_rank_without_images_keeps_up(
     assert_same(one["mixed"], tmp_path)
 
 
-@pytest.mark.parametrize("options", [{}, SHARDED], ids=["ddp", "fsdp"])
-def test_a_rank_that_drops_a_term_keeps_up(rows_root: Path, tmp_path: Path, options: dict) -> None:
-    options = {**TWO, **options, "gate": False}
+def test_a_rank_that_drops_a_term_keeps_up(rows_root: Path, tmp_path: Path) -> None:
+    options = {**TWO, **SHARDED, "gate": False}
     assert run_ranks(2, tmp_path, rows_root, options, drop_a_term, faulty=1) == [0, 0]
     state = torch.load(tmp_path / "state.pt", weights_only=True)
     assert state["dropped"] == 3 * 2  # micro-batches of one rank
     assert all(value.isfinite().all() for value in state["weights"].values())
+
+
+def test_autocast_rounds_what_is_multiplied_and_no_parameter(
+    rows_root: Path, tmp_path: Path
+) -> None:
+    """Sharded or not, bf16 quantizes fp32 weights with fp32 log-scales: the very same codes."""
+    options = {**TWO, "bf16": True}
+    for name, sharding in (("ddp", {}), ("fsdp", {"fsdp": True})):
+        assert run_ranks(2, tmp_path / name, rows_root, {**options, **sharding}) == [0, 0]
+    assert_same(tmp_path / "ddp", tmp_path / "fsdp", rtol=1e-5, atol=1e-7)
 
 
 def test_ranks_stop_and_resume_together(rows_root: Path, tmp_path: Path) -> None:
