@@ -18,8 +18,9 @@ _log = logging.getLogger(__name__)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class Interrupted(Exception):
-    """A run stopped by a signal, behind a checkpoint.
+class Interrupted(KeyboardInterrupt):
+    """A run stopped by a signal, behind a checkpoint. No `except Exception` takes it for an error
+    of the run, and nothing behind `train` takes a half-trained model for a trained one.
 
     Attributes:
         exit_code: 128 + the signal, as shells give it.

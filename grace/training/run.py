@@ -178,10 +178,12 @@ def run(config: RunConfig) -> Path:
     if trainer.is_world_process_zero():
         _describe(config, output)
     started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=resume)
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    except Interrupted:
+        _report(trainer, output, time.perf_counter() - started)
+        raise
     _report(trainer, output, time.perf_counter() - started)
-    if trainer.stopped_by:
-        raise Interrupted(trainer.state.global_step, trainer.stopped_by, str(output))
     return save_final(trainer, output / FINAL)
 
 

@@ -18,7 +18,7 @@ from grace.training.callbacks import MetricsWriter
 from grace.training.checkpoints import AtomicTrainer
 from grace.training.config import GraceConfig
 from grace.training.drift import CodeDrift
-from grace.training.interrupt import StopSignals
+from grace.training.interrupt import Interrupted, StopSignals
 from grace.training.meter import SUMS, Meter, share_of
 from grace.training.objective import rcka, token_terms
 from grace.training.optimizer import parameter_groups, use_fp32_masters
@@ -92,7 +92,7 @@ class GraceTrainer(AtomicTrainer):
         self._stream = TeacherStream(self.args.device, args.teacher_stream)
         self.dropped_terms = 0
         self.longest_row = 0
-        self.stopped_by = 0  # the signal that ended `train` early
+        self._stopped_by = 0  # the signal that ended `train` early
         self._signals = StopSignals()
         self._meter = Meter(self.args.device)
         for replaced in (PrinterCallback, ProgressCallback):  # Progress does the work of both
@@ -106,18 +106,22 @@ class GraceTrainer(AtomicTrainer):
         return place_teacher(teacher, self.args)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's. SIGINT and SIGTERM end it behind the step that runs, with a checkpoint
-        (`stopped_by` is the signal then).
+        """As Trainer's. SIGINT and SIGTERM end it behind the step that runs, with a checkpoint.
 
         Raises:
+            Interrupted: a signal ended it.
             OutOfMemory: with what to lower.
             OSError: no room for a checkpoint, or one that could not be written.
         """
         self.require_room()
-        self.stopped_by = 0
+        self._stopped_by = 0
         self._meter.restart()
         with self._signals.watched(), memory.explained(self):
-            return super().train(*args, **kwargs)
+            output = super().train(*args, **kwargs)
+        if self._stopped_by:
+            where = str(self.args.output_dir)
+            raise Interrupted(self.state.global_step, self._stopped_by, where)
+        return output
 
     # One optimizer step
 
@@ -260,7 +264,7 @@ class GraceTrainer(AtomicTrainer):
 
     def _stop(self) -> None:
         """End training behind this step, with a checkpoint, on every rank."""
-        self.stopped_by = self._signals.received or signal.SIGTERM
+        self._stopped_by = self._signals.received or signal.SIGTERM
         self.control.should_save = True
         self.control.should_training_stop = True
 

@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 
 from grace.training import files
 from grace.training.callbacks import read_metrics
+from grace.training.interrupt import Interrupted
 
 # 48 rows are 6 steps an epoch: the run goes over the end of one.
 OPTIONS = {
@@ -92,8 +93,8 @@ def assert_same_tree(a: Any, b: Any) -> None:
             [".unfinished", "checkpoint-2", "checkpoint-4"],
             id="kill-while-saving",
         ),
-        pytest.param(Signal(3, signal.SIGTERM), 0, ["checkpoint-2", "checkpoint-3"], id="term"),
-        pytest.param(Signal(7, signal.SIGINT), 0, ["checkpoint-6", "checkpoint-7"], id="interrupt"),
+        pytest.param(Signal(3, signal.SIGTERM), 1, ["checkpoint-2", "checkpoint-3"], id="term"),
+        pytest.param(Signal(7, signal.SIGINT), 1, ["checkpoint-6", "checkpoint-7"], id="interrupt"),
     ],
 )
 def test_an_interrupted_run_goes_on_bit_for_bit(
@@ -156,6 +157,17 @@ def test_a_full_disk_loses_no_checkpoint(
     resumed = trainer()
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 4
+
+
+def test_a_stopped_run_is_not_taken_for_a_trained_one(trainer: Callable[..., Any]) -> None:
+    run = trainer(save_strategy="no")
+    Signal(2, signal.SIGINT)(run)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(Interrupted, match="stopped by SIGINT at step 2, checkpoint in") as stop:
+        run.train()
+    assert isinstance(stop.value, KeyboardInterrupt)
+    assert stop.value.exit_code == 130
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_no_room_is_found_before_training(

@@ -112,15 +112,20 @@ def test_a_stream_of_its_own_changes_nothing(
     for name, on in (("one", False), ("two", True)):
         trainer = make_trainer(
             teacher_stream=on,
-            max_steps=4,
+            max_steps=3,
             gradient_accumulation_steps=accumulation,
+            optim="sgd",
             use_cpu=False,
             output_dir=str(tmp_path / name),
         )
+        assert (trainer._stream.stream is not None) == on
         trainer.train()
         made.append(trainer.model.state_dict())
-    for name, value in made[0].items():
-        assert torch.equal(value, made[1][name]), name
+    rows = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two")]
+    for key in ("ce", "gdkd", "rcka"):
+        assert rows[0][0][key] == pytest.approx(rows[1][0][key], rel=1e-5), key
+    for name, value in made[0].items():  # a GPU adds up embeddings' gradients in any order
+        torch.testing.assert_close(made[1][name], value, rtol=5e-3, atol=1e-4, msg=name)
 
 
 @pytest.mark.gpu
