@@ -75,11 +75,9 @@ class Adapter:
         """Modules of the vision tower, without the projector between it and the decoder."""
         return [_part(self.base, name) for name in self.vision_parts]
 
-    def layer_classes(self) -> set[str]:
-        """Names of the classes of decoder layers and of the vision tower's layers."""
-        lists = [part for tower in self.vision_modules() for part in tower.modules()]
-        towers = [part for part in lists if isinstance(part, nn.ModuleList) and len(part)]
-        return {type(layers[0]).__name__ for layers in (self.layers, *towers)}
+    def layer_class(self) -> str:
+        """Name of the decoder layers' class."""
+        return type(self.layers[0]).__name__
 
     def visual_tokens(self, batch: Mapping[str, Any]) -> VisualTokens | None:
         """The visual tokens of `batch`, image after image; None for a batch without any."""
@@ -94,8 +92,8 @@ class Adapter:
         """Within the context, the vision tower runs even for a batch without pixels: on a blank
         image, whose features count zero times.
 
-        Every rank then has the same parameters in its graph and gathers the same shards in the
-        same order; a rank with nothing but text would let the others wait for ever.
+        Every rank then has the same parameters in its graph; a rank with nothing but text would
+        let the others wait for its gradients for ever.
 
         Args:
             batch: inputs of the model.

@@ -67,6 +67,9 @@ class AtomicTrainer(ShardingTrainer):
             super()._save_checkpoint(model, trial)
         finally:
             self._saving_into = None
+        if self.args.should_save:
+            state = json.dumps(self.training_state())  # JSON keeps floats exactly
+            (beside / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}" / STATE).write_text(state)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             self._publish(run, beside)
@@ -139,11 +142,6 @@ class AtomicTrainer(ShardingTrainer):
                 f"GraceTrainer: checkpoint must hold the model's tensors, got {len(odd)} missing "
                 f"or unknown, first {odd[0]!r}"
             )
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save:
-            (Path(output_dir) / STATE).write_text(json.dumps(self.training_state()))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

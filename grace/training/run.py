@@ -37,7 +37,7 @@ from grace.training.config import GraceConfig, check_keys, suggestion
 from grace.training.files import publish, require_writable
 from grace.training.interrupt import Interrupted
 from grace.training.summary import lines, summarize, write_summary
-from grace.training.teacher_cache import CachedTeacher, TeacherCache, origin, precompute
+from grace.training.teacher_cache import CachedTeacher, TeacherCache, origin
 
 _log = logging.getLogger(__name__)
 FINAL = "final"
@@ -204,7 +204,13 @@ def _report(trainer: Any, output: Path, seconds: float) -> None:
         return
     rows = read_metrics(output / METRICS)
     plot_curves(rows, output / "curves.png")
-    summary = summarize(rows, seconds, peak, trainer.args.world_size)
+    summary = summarize(
+        rows,
+        steps=trainer.state.global_step,
+        seconds=seconds,
+        memory=peak,
+        ranks=trainer.args.world_size,
+    )
     write_summary(summary, output)
     for text in lines(summary):
         _log.info(text)
@@ -217,14 +223,14 @@ def build(config: RunConfig) -> Any:
     from grace.training.collator import Collator
     from grace.training.trainer import GraceTrainer
 
-    dataset, processor = _read_data(config)
+    dataset, processor = read_data(config)
     teacher: Any = None
     if config.training.needs_teacher and config.teacher_cache is not None:
-        made_from = _origin(config, processor)
+        made_from = cache_origin(config, processor)
         dataset = TeacherCache(dataset, Path(config.teacher_cache), made_from)
         teacher = CachedTeacher(dataset.head())
     elif config.training.needs_teacher:
-        teacher = _load_teacher(config)
+        teacher = load_teacher(config)
     return GraceTrainer(
         _load(config.student, torch.float32),
         config.training,
@@ -235,7 +241,7 @@ def build(config: RunConfig) -> Any:
     )
 
 
-def _read_data(config: RunConfig) -> tuple[Any, Any]:
+def read_data(config: RunConfig) -> tuple[Any, Any]:
     """The dataset, and the student's processor."""
     from transformers import AutoProcessor
 
@@ -257,12 +263,14 @@ def _load(name: str, dtype: torch.dtype) -> Any:
     return AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
 
 
-def _load_teacher(config: RunConfig) -> Any:
+def load_teacher(config: RunConfig) -> Any:
+    """The teacher: in bf16 on a GPU, in fp32 on a CPU."""
     on_gpu = config.training.device.type == "cuda"
     return _load(str(config.teacher), torch.bfloat16 if on_gpu else torch.float32)
 
 
-def _origin(config: RunConfig, processor: Any) -> dict[str, Any]:
+def cache_origin(config: RunConfig, processor: Any) -> dict[str, Any]:
+    """What the run's teacher's cache must be made from."""
     return origin(
         rows=Path(config.data.path),
         processor=processor,
@@ -270,37 +278,6 @@ def _origin(config: RunConfig, processor: Any) -> dict[str, Any]:
         layer=config.training.rcka_layer,
         max_length=config.data.max_length,
     )
-
-
-def precompute_teacher(config: RunConfig, folder: Path, *, batch_size: int = 8) -> Path:
-    """Make the cache of a run's teacher (`grace.training.teacher_cache`), or go on with it.
-
-    Raises:
-        ValueError: a run without a teacher's directory, rows with videos, or the cache of another.
-        OSError: a folder that cannot be written or has no room.
-    """
-    from grace.training.collator import Collator
-    from grace.training.teacher_placement import place_teacher
-
-    if config.training.world_size > 1:
-        raise ValueError(f"precompute-teacher: ranks must be one, got {config.training.world_size}")
-    if config.teacher is None or not Path(config.teacher).is_dir():
-        raise ValueError(f"precompute-teacher: teacher must be a directory, got {config.teacher}")
-    require_writable(folder)
-    dataset, processor = _read_data(config)
-    with memory.explained_while_loading():
-        teacher: Any = place_teacher(_load_teacher(config), config.training)
-    hidden = config.training.disable_tqdm
-    with tqdm(total=len(dataset), unit="row", desc="teacher", disable=hidden) as bar:
-        return precompute(
-            folder,
-            teacher,
-            dataset,
-            Collator(processor),
-            _origin(config, processor),
-            batch_size=batch_size,
-            advance=bar.update,
-        )
 
 
 def _describe(config: RunConfig, output: Path) -> None:

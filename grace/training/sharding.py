@@ -59,15 +59,17 @@ class ShardingTrainer(Trainer):
             state.device_mesh = state.parallelism_config.build_device_mesh("cpu")
             self.is_fsdp_enabled = True
 
-    def shard_by(self, layers: set[str]) -> None:
-        """Names of the classes that are gathered one by one, unless `fsdp_config` gives some.
+    def shard_by(self, layer: str) -> None:
+        """Name of the class that is gathered one by one, unless `fsdp_config` gives some.
 
-        accelerate looks for every class that the model's parts ever might hold, and fails on LLaVA,
-        whose vision tower holds no text layers.
+        Only layers that every forward runs as often on every rank can be: decoder layers. The rest
+        (embeddings, vision tower, head) is gathered when the model's forward begins, whatever a
+        rank's rows hold. accelerate's own choice fails on LLaVA besides: it looks for the layers
+        of CLIP's text model, which is not there.
         """
         plugin = self._fsdp_plugin
         if plugin is not None and plugin.transformer_cls_names_to_wrap is None:
-            plugin.transformer_cls_names_to_wrap = sorted(layers)
+            plugin.transformer_cls_names_to_wrap = [layer]
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Autocast of a sharded model's forward, which accelerate leaves to its casting policy;

@@ -14,12 +14,18 @@ _TERMS = ("ce", "gdkd", "kd", "rcka", "beta", "code_flip_rate", "scale_drift")
 
 
 def summarize(
-    rows: Sequence[Mapping[str, Any]], seconds: float, memory: Mapping[str, float], ranks: int
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    steps: int,
+    seconds: float,
+    memory: Mapping[str, float],
+    ranks: int,
 ) -> dict[str, Any]:
     """Steps, time, speed, memory, and each term at its first and its last logging step.
 
     Args:
-        rows: of metrics.jsonl.
+        rows: of metrics.jsonl; a run shorter than `logging_steps` has none.
+        steps: optimizer steps that are done.
         seconds: of this process's training; a resumed run counts from its resume.
         memory: as `grace.training.memory.peak_gib`, the largest of all ranks.
         ranks: processes that trained.
@@ -27,7 +33,7 @@ def summarize(
     last: Mapping[str, Any] = rows[-1] if rows else {}
     speeds = sorted(row["tokens_per_second"] for row in rows if "tokens_per_second" in row)
     return {
-        "steps": last.get("step", 0),
+        "steps": steps,
         "seconds": round(seconds, 1),
         "ranks": ranks,
         "median_tokens_per_second": speeds[len(speeds) // 2] if speeds else None,
@@ -54,8 +60,9 @@ def lines(summary: Mapping[str, Any]) -> list[str]:
     text = [
         f"{summary['steps']} steps in {summary['seconds']:.0f} s on {summary['ranks']} rank(s)"
         + (f", {speed:,.0f} tokens/s" if speed else ""),
-        f"peak memory: {', '.join(memory)}",
     ]
+    if memory:
+        text.append(f"peak memory: {', '.join(memory)}")
     for name, value in summary["last"].items():
         text.append(f"{name}: {summary['first'].get(name, value):.4g} -> {value:.4g}")
     if summary["dropped_terms"]:

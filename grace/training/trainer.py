@@ -83,7 +83,7 @@ class GraceTrainer(AtomicTrainer):
         saved = vars(model.config).get("use_cache")
         super().__init__(model=model, args=args, **trainer)
         _set_use_cache(model.config, saved)
-        self.shard_by(self.adapter.layer_classes())
+        self.shard_by(self.adapter.layer_class())
         # The loss is already divided by the whole step's tokens: Trainer must not divide it again
         # by the number of micro-batches. The second name is that of later transformers.
         self.model_accepts_loss_kwargs = True

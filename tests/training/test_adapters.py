@@ -147,3 +147,36 @@ def test_a_step_under_a_teacher_with_a_padded_vocabulary(kind: str, tmp_path: Pa
     assert first["rcka"] > 0
     assert first["gdkd"] > 0
     assert second["dropped_terms"] == 0
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_a_blank_image_changes_nothing_and_leaves_no_parameter_out(
+    kind: str, make_student: Any
+) -> None:
+    model = (make_student() if kind == "llava" else _qwen(kind)).eval()
+    adapter, ids = adapter_for(model), torch.full((2, 6), 7)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    without = model(**batch).logits
+    with adapter.vision_always(batch, needed=True):
+        logits = model(**batch).logits
+    torch.testing.assert_close(logits, without, rtol=0, atol=0)
+    logits.square().sum().backward()
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    # CLIP's norm of the pooled token serves nobody but CLIP.
+    assert {n for n, g in grads.items() if g is None and "post_layernorm" not in n} == set()
+    assert not any(grads[n].any() for n in grads if "visual" in n or "projector" in n)
+    assert not adapter.language_model._forward_pre_hooks
+
+
+def test_a_batch_with_images_gets_no_blank_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter, batch = adapter_for(_qwen("qwen2_vl")), _batch("qwen2_vl")
+    monkeypatch.setattr(adapter, "blank_image", lambda _: pytest.fail("asked for a blank image"))
+    with adapter.vision_always(batch, needed=True):
+        assert not adapter.language_model._forward_pre_hooks
+    with adapter.vision_always({"input_ids": batch["input_ids"]}, needed=False):
+        assert not adapter.language_model._forward_pre_hooks
+
+
+def test_the_class_that_fsdp_gathers_one_by_one(make_student: Any) -> None:
+    assert adapter_for(make_student()).layer_class() == "LlamaDecoderLayer"
+    assert adapter_for(_qwen("qwen3_vl")).layer_class() == "Qwen3VLTextDecoderLayer"

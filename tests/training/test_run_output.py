@@ -94,7 +94,7 @@ def test_the_summary_holds_first_and_last(tmp_path: Path) -> None:
         {"step": 1, "ce": 3.0, "beta": 1.0, "tokens_per_second": 10.0, "dropped_terms": 0},
         {"step": 2, "ce": 2.0, "beta": 1.1, "tokens_per_second": 30.0, "dropped_terms": 1},
     ]
-    made = summary.summarize(rows, 12.34, {"peak_gpu_gib": 1.5}, ranks=2)
+    made = summary.summarize(rows, steps=2, seconds=12.34, memory={"peak_gpu_gib": 1.5}, ranks=2)
     assert made["first"] == {"ce": 3.0, "beta": 1.0}
     assert made["last"] == {"ce": 2.0, "beta": 1.1}
     assert json.loads(summary.write_summary(made, tmp_path).read_text()) == made
@@ -103,7 +103,9 @@ def test_the_summary_holds_first_and_last(tmp_path: Path) -> None:
     assert "peak memory: gpu 1.50 GiB" in text
     assert "ce: 3 -> 2" in text
     assert "dropped terms: 1" in text
-    assert summary.summarize([], 0.0, {}, ranks=1)["steps"] == 0
+    short = summary.summarize([], steps=3, seconds=1.0, memory={}, ranks=1)
+    assert (short["steps"], short["last"], short["median_tokens_per_second"]) == (3, {}, None)
+    assert summary.lines(short)[0] == "3 steps in 1 s on 1 rank(s)"
 
 
 def test_out_of_memory_says_what_to_lower(

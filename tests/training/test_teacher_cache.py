@@ -15,7 +15,8 @@ from tiny_training import STUDENT, TEACHER, make_model
 from grace.evaluation import tiny
 from grace.training import teacher_cache
 from grace.training.callbacks import read_metrics
-from grace.training.run import parse_config, precompute_teacher, run
+from grace.training.precompute import precompute_teacher
+from grace.training.run import parse_config, run
 from grace.training.teacher_cache import CachedTeacherRows
 
 

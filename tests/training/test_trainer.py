@@ -118,6 +118,17 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
         assert last[0][name] == last[1][name], name
 
 
+def test_every_checkpoint_holds_beta(make_trainer: Callable, tmp_path: Path) -> None:
+    options = {"save_strategy": "steps", "save_steps": 1, "save_only_model": True, "max_steps": 3}
+    trainer = make_trainer(**options)
+    trainer.train()
+    run = tmp_path / "run"
+    states = [json.loads((run / f"checkpoint-{n}/grace_state.json").read_text()) for n in (1, 2, 3)]
+    betas = [state["controller"]["beta"] for state in states]
+    assert betas == [row["beta"] for row in _metrics(run)]
+    assert len(set(betas)) == 3
+
+
 def test_a_run_that_dies_while_saving_leaves_no_checkpoint(
     make_trainer: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
