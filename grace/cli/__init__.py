@@ -3,7 +3,8 @@
 A command is a file: `grace/cli/<name>.py` holds a function `<name>` (with its options as typer
 annotations), or a `typer.Typer()` named `app` where it has commands of its own. Nothing is
 registered by hand: the package is scanned. A file whose name Python reserves ends in an underscore
-(`import_.py` is `grace import`); a file whose name begins with one is not a command.
+(`import_.py` is `grace import`), an underscore within a name is a hyphen of the command; a file
+whose name begins with one is not a command.
 
 A command file imports typer and the standard library at its top and everything heavy (torch,
 transformers) inside its function, so that `grace --help` answers at once.
@@ -27,7 +28,7 @@ _ORDER = ("info", "quickstart", "train", "export", "import", "verify", "generate
 def command_names() -> list[str]:
     """Names of all commands, those of the usual way through first, the others by alphabet."""
     files = (module.name for module in pkgutil.iter_modules(__path__))
-    names = {name.rstrip("_") for name in files if not name.startswith("_")}
+    names = {name.rstrip("_").replace("_", "-") for name in files if not name.startswith("_")}
     first = [name for name in _ORDER if name in names]
     return first + sorted(names.difference(first))
 
@@ -56,13 +57,14 @@ def _options(
 
 
 def _register(app: typer.Typer, name: str) -> None:
-    reserved = f"{name}_"
+    plain = name.replace("-", "_")
+    reserved = f"{plain}_"
     known = {module.name for module in pkgutil.iter_modules(__path__)}
-    module = importlib.import_module(f"{__name__}.{reserved if reserved in known else name}")
+    module = importlib.import_module(f"{__name__}.{reserved if reserved in known else plain}")
     if hasattr(module, "app"):
         app.add_typer(module.app, name=name)
         return
-    function = getattr(module, reserved, None) or getattr(module, name)
+    function = getattr(module, reserved, None) or getattr(module, plain)
     app.command(name)(function)
 
 

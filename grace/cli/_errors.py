@@ -9,10 +9,11 @@ _MAX_CHARACTERS = 500
 
 def bad_input(error: BaseException) -> bool:
     """Whether `error` tells of bad input: usage, a value, a file, a checkpoint that is corrupt,
-    data or a learning rate that make a loss that is not finite."""
+    data or a learning rate that make a loss that is not finite, more than memory holds."""
     if hasattr(error, "format_message"):  # usage errors of click, wherever typer keeps it
         return True
-    return isinstance(error, ValueError | OSError | FloatingPointError) or _is_third_party(error)
+    kinds = (ValueError, OSError, FloatingPointError, MemoryError)
+    return isinstance(error, kinds) or _is_third_party(error)
 
 
 def _is_third_party(error: BaseException) -> bool:

@@ -1,5 +1,6 @@
 """`grace train`: a low-bit student from a YAML file."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +22,9 @@ def train(
 ) -> None:
     """Train a low-bit student under a teacher, from a YAML file.
 
-    Resume an interrupted run with `resume_from_checkpoint=true`.
+    Resume an interrupted run with `resume_from_checkpoint=true` (`auto`: if there is one). Ctrl-C
+    and SIGTERM leave a checkpoint; a second Ctrl-C does not. Several GPUs:
+    `torchrun --nproc-per-node=2 -m grace.cli train config.yaml`.
     """
     if plan:
         from grace.training.run_plan import describe, plan_run, read_plan_config
@@ -30,7 +33,13 @@ def train(
         typer.echo(describe(plan_run(found, gpus=gpus, tokens=tokens)))
         return
 
+    from grace.training.interrupt import Interrupted
     from grace.training.run import read_config, run
 
-    final = run(read_config(config, overrides or ()))
-    typer.echo(f"trained student: {final}\npack it with: grace export {final} OUT")
+    try:
+        final = run(read_config(config, overrides or ()))
+    except Interrupted as stop:
+        typer.echo(f"grace: {stop}", err=True)
+        raise typer.Exit(stop.exit_code) from None
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(f"trained student: {final}\npack it with: grace export {final} OUT")

@@ -119,7 +119,7 @@ def linear_gated_dkd(
     Raises:
         ValueError: for any other shape, dtype, device or setting.
     """
-    student_head, teacher_head = _whole(student_head), _whole(teacher_head)
+    student_head, teacher_head = whole_head(student_head), whole_head(teacher_head)
     tensors = (student_hidden, student_head, teacher_hidden.detach(), teacher_head.detach())
     _check_tensors(*tensors, labels)
     check_settings(_OP, temperature, alpha, beta)
@@ -208,7 +208,7 @@ def _balanced(total: int, most: int) -> int:
     return max(1, min(most, _ceil_div(each, _EVEN) * _EVEN))
 
 
-def _whole(head: Tensor) -> Tensor:
+def whole_head(head: Tensor) -> Tensor:
     """The head itself, or all of one that is sharded over ranks; as FSDP2 does, its gradient is the
     mean of what the ranks find, each in its own tokens."""
     sharded: Any = head

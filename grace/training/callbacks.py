@@ -1,4 +1,4 @@
-"""What a run tells of itself: metrics.jsonl, and how many codes flip."""
+"""What a run tells of itself: a line a logging step in metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 METRICS = "metrics.jsonl"
@@ -57,44 +55,3 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         return []
     lines = path.read_text().splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-class CodeFlips:
-    """Share of quantization codes that changed since the last look.
-
-    It looks at the same `sample` weights of every layer (its first rows): codes of a whole model
-    would cost a byte a weight.
-    """
-
-    def __init__(self, model: nn.Module, sample: int = 2**16) -> None:
-        from grace.nn import FakeQuantLinear
-
-        self.layers = [layer for layer in model.modules() if isinstance(layer, FakeQuantLinear)]
-        self.sample = sample
-        self.codes = self._look()
-
-    def rate(self) -> float | None:
-        """Changed codes over all codes looked at; None for a model without quantized layers."""
-        if not self.layers:
-            return None
-        codes, before = self._look(), self.codes
-        self.codes = codes
-        changed = sum((new != old).sum() for new, old in zip(codes, before, strict=True))
-        return float(changed) / sum(new.numel() for new in codes)
-
-    @torch.no_grad()
-    def _look(self) -> list[Tensor]:
-        from grace.ops.fake_quant import quantize
-
-        seen = []
-        for layer in self.layers:
-            rows = max(1, self.sample // layer.weight.shape[1])
-            codes, _ = quantize(
-                layer.weight[:rows],
-                layer.log_scale[:rows],
-                bits=layer.bits,
-                group_size=layer.group_size,
-                scale_dtype=layer.scale_dtype,
-            )
-            seen.append(codes)
-        return seen

@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
-from grace.training.step import IGNORE
+from grace.training.step import IGNORE, TEACHER_LAST, TEACHER_LAYER
+
+_JOINED = ("pixel_values", "pixel_values_videos", TEACHER_LAST, TEACHER_LAYER)
 
 
 class Collator:
@@ -40,7 +42,7 @@ class Collator:
             return torch.cat(_same_tiles(tensors))
         if tensors[0].dim() == 0:
             return torch.stack(tensors)
-        if name in ("pixel_values", "pixel_values_videos") or name.endswith("_grid_thw"):
+        if name in _JOINED or name.endswith("_grid_thw"):
             return torch.cat(tensors)
         return pad_sequence(tensors, batch_first=True, padding_value=self.fill.get(name, 0))
 

@@ -93,6 +93,26 @@ class GraceConfig(TrainingArguments):
             "product is made twice, for 2·n·(Vs + Vt) bytes in 16 bits. False: a chunk at a time."
         },
     )
+    chunk_size: int | None = field(
+        default=None,
+        metadata={"help": "Tokens whose logits exist at a time; None: 384 MiB of logits."},
+    )
+
+    # The teacher
+    teacher_bits: int | None = field(
+        default=None,
+        metadata={"help": "Run the teacher's decoder at 4 or 8 bits, on packed kernels."},
+    )
+    teacher_group_size: int = field(
+        default=128, metadata={"help": "Weights of a teacher's scale; -1: one group a row."}
+    )
+    teacher_fsdp: bool = field(
+        default=False, metadata={"help": "Shard the teacher over the ranks with FSDP2."}
+    )
+    teacher_stream: bool = field(
+        default=False,
+        metadata={"help": "Run the teacher on a CUDA stream of its own, beside the student."},
+    )
 
     # Relational alignment
     omega: float = field(default=1.0, metadata={"help": "Weight of RCKA; 0: without it."})
@@ -135,6 +155,10 @@ class GraceConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         _check(self)
+        if self.ddp_find_unused_parameters is None:
+            # Every batch runs the vision tower, so that all of the rest always has a gradient; a
+            # tower that trains may have layers behind the one whose features are taken.
+            self.ddp_find_unused_parameters = not self.freeze_vision
         super().__post_init__()
 
     @classmethod
@@ -245,6 +269,12 @@ def _check(config: GraceConfig) -> None:
         _require(config, name, getattr(config, name) in allowed, f"be one of {allowed}")
     for name in ("scale_lr_ratio", "temperature", "beta_init", "beta_max"):
         _require(config, name, getattr(config, name) > 0, "be > 0")
+    _require(config, "chunk_size", config.chunk_size is None or config.chunk_size > 0, "be > 0")
+    _require(config, "teacher_bits", config.teacher_bits in (None, 4, 8), "be 4, 8 or None")
+    group = config.teacher_group_size
+    _require(config, "teacher_group_size", group == -1 or group > 0, "be > 0 or -1")
+    both = config.teacher_fsdp and config.teacher_bits is not None  # packed weights are buffers
+    _require(config, "teacher_fsdp", not both, "be False with teacher_bits")
     for name in ("alpha", "beta_dkd", "omega", "omega_warmup_steps", "eta", "beta_min"):
         _require(config, name, getattr(config, name) >= 0, "be >= 0")
     _require(config, "ema_decay", 0 <= config.ema_decay < 1, "be in [0, 1)")

@@ -13,7 +13,7 @@ from grace.training.step import MicroBatch
 
 TERMS = ("ce", "distillation", "rcka")
 # What every micro-batch adds to the step's sums, one number each.
-SUMS = (*TERMS, "distillation_share", "dropped", "tokens")
+SUMS = (*TERMS, "distillation_share", "dropped", "interrupted", "tokens")
 
 
 class Meter:
@@ -35,15 +35,24 @@ class Meter:
         zero = self.sums.new_zeros(())
         parts = [values[name] * share_of(micro, name) if name in values else zero for name in TERMS]
         parts.append(micro.share.distillation if "distillation" in values else zero)
-        parts += [zero, zero + inputs["input_ids"].numel()]
+        parts += [zero, zero, zero + inputs["input_ids"].numel()]
         self.sums += torch.stack([part.double() for part in parts])
 
-    def take(self) -> Tensor:
-        """The step's sums so far, float64 in the order of `SUMS`, and begin anew."""
+    def take(self, interrupted: bool) -> Tensor:
+        """The step's sums so far, float64 in the order of `SUMS`, and begin anew.
+
+        Args:
+            interrupted: whether this rank was told to stop; the sum tells all of them.
+        """
         sums = self.sums.clone()
         sums[SUMS.index("dropped")] = self.dropped
+        sums[SUMS.index("interrupted")] = interrupted
         self._reset()
         return sums
+
+    def restart(self) -> None:
+        """Count time from now: training begins."""
+        self.started = time.perf_counter()
 
     def end_step(self, step: dict[str, float]) -> None:
         """Take in a finished step: its sums over all ranks, by their names."""

@@ -38,7 +38,8 @@ class Share:
 
 def _chunks(rows: int, vocabulary: int) -> Iterator[slice]:
     size = max(1, CHUNK_LOGITS // vocabulary)
-    return (slice(start, start + size) for start in range(0, rows, size))
+    # Without rows there still is a chunk, an empty one: the loss then has its place in the graph.
+    return (slice(start, start + size) for start in range(0, max(1, rows), size))
 
 
 def _sum_over_chunks(term: Callable[..., Tensor], vocabulary: int, rows: list[Tensor]) -> Tensor:
@@ -125,6 +126,7 @@ def token_terms(
         beta=config.beta_dkd,
         gate=config.gate,
         keep_logits=config.keep_logits,
+        chunk_size=config.chunk_size,
     )
     return {"ce": ce, "distillation": gdkd}
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# Panel titles and the keys of metrics.jsonl they show.
+# Panel titles and the keys of metrics.jsonl they show; `name/` stands for all keys that begin so.
 PANELS = {
     "cross-entropy": ("ce",),
     "distillation (GDKD, KD)": ("gdkd", "kd"),
@@ -14,6 +14,9 @@ PANELS = {
     "β": ("beta",),
     "gradient norm": ("grad_norm",),
     "code-flip rate": ("code_flip_rate",),
+    "scale drift, mean |θ − θ₀|": ("scale_drift",),
+    "code-flip rate by layer": ("code_flip_rate/",),
+    "scale drift by layer": ("scale_drift/",),
 }
 
 
@@ -26,7 +29,7 @@ def plot_curves(
     """Draw one panel a quantity over steps; panels that no run has are left out.
 
     Args:
-        runs: rows of one run, or rows by the name of a run.
+        runs: rows of one run, or rows by the name of a run. Panels by layer are of one run only.
         path: PNG to write.
         panels: names of `PANELS`.
         styles: arguments of matplotlib's `plot` by the name of a run.
@@ -34,28 +37,53 @@ def plot_curves(
     from matplotlib.figure import Figure
 
     named = runs if isinstance(runs, Mapping) else {"": runs}
-    shown = [title for title in panels if any(_points(rows, title)[0] for rows in named.values())]
+    shown = [title for title in panels if any(_curves(rows, title) for rows in named.values())]
+    if len(named) > 1:
+        shown = [title for title in shown if not PANELS[title][0].endswith("/")]
     columns = max(1, min(3, len(shown)))
     lines = -(-max(1, len(shown)) // columns)
     figure = Figure(figsize=(4 * columns, 2.6 * lines), dpi=110, layout="constrained")
     for place, title in enumerate(shown, 1):
         axes = figure.add_subplot(lines, columns, place)
         for name, rows in named.items():
-            steps, values = _points(rows, title)
-            if steps:
-                style = {"linewidth": 1.2, **((styles or {}).get(name) or {})}
-                axes.plot(steps, values, label=name or None, **style)
+            _draw(axes, rows, title, name, (styles or {}).get(name) or {})
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("step", fontsize=8)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.25)
-        if len(named) > 1 and place == 1:
+        if (len(named) > 1 and place == 1) or PANELS[title][0].endswith("/"):
             axes.legend(fontsize=7)
     figure.savefig(path)
     return path
 
 
-def _points(rows: Sequence[Mapping[str, Any]], title: str) -> tuple[list[int], list[float]]:
-    keys = PANELS[title]
-    found = [(row["step"], row[key]) for row in rows for key in keys if key in row]
-    return [step for step, _ in found], [value for _, value in found]
+def _draw(
+    axes: Any, rows: Sequence[Mapping[str, Any]], title: str, name: str, style: Mapping[str, Any]
+) -> None:
+    """The curves of a run: one, or one a layer, from dark (first) to bright (last)."""
+    from matplotlib import colormaps
+
+    curves = _curves(rows, title)
+    for number, (key, (steps, values)) in enumerate(curves.items()):
+        drawn = {"linewidth": 1.2, "label": name or None, **style}
+        if "/" in key:
+            ends = number in (0, len(curves) - 1)
+            color = colormaps["viridis"](0.9 * number / max(1, len(curves) - 1))
+            label = key.partition("/")[2].replace("_", " ") if ends else None
+            drawn = {"linewidth": 0.8, "color": color, "label": label}
+        axes.plot(steps, values, **drawn)
+
+
+def _curves(
+    rows: Sequence[Mapping[str, Any]], title: str
+) -> dict[str, tuple[list[int], list[float]]]:
+    """Steps and values of every key of a panel that `rows` have, layers in their order."""
+    curves: dict[str, tuple[list[int], list[float]]] = {}
+    for row in rows:
+        for key in PANELS[title]:
+            for found in [k for k in row if k.startswith(key)] if key.endswith("/") else [key]:
+                if found in row:
+                    steps, values = curves.setdefault(found, ([], []))
+                    steps.append(row["step"])
+                    values.append(row[found])
+    return curves

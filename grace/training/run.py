@@ -5,10 +5,12 @@
     preset: paper                     output_dir: runs/name
     bits: 4                           … and any other field of GraceConfig
     quantization: {overrides: {"down_proj$": {bits: 8}}}    (what is quantized, under one heading)
+    teacher_cache: folder of `grace precompute-teacher`, in place of running the teacher
 
 Nothing is written before the configuration, the data and both models are known to be good. The run
-directory then holds `config.yaml`, `train.log`, `metrics.jsonl`, `curves.png`, `checkpoint-*` and
-`final`: the trained student with its log-scales, which `grace export` turns into a packed one.
+directory then holds `config.yaml`, `train.log`, `metrics.jsonl`, `curves.png`, `summary.json`,
+`checkpoint-*` and `final`: the trained student with its log-scales, which `grace export` turns into
+a packed one.
 """
 
 from __future__ import annotations
@@ -16,9 +18,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 import re
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,11 +28,19 @@ from typing import Any
 
 import torch
 import yaml
+from tqdm.auto import tqdm
+from transformers.trainer_utils import get_last_checkpoint
 
 from grace.checkpoint import Checkpoint
+from grace.training import memory
 from grace.training.callbacks import METRICS, read_metrics
 from grace.training.config import GraceConfig, check_keys, suggestion
+from grace.training.files import publish, require_writable
+from grace.training.interrupt import Interrupted
+from grace.training.summary import lines, summarize, write_summary
+from grace.training.teacher_cache import CachedTeacher, TeacherCache, origin
 
+_log = logging.getLogger(__name__)
 FINAL = "final"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -53,6 +63,7 @@ class RunConfig:
     data: DataConfig
     training: GraceConfig
     teacher: str | None = None
+    teacher_cache: str | None = None
     source: dict[str, Any] = field(default_factory=dict, compare=False)
 
 
@@ -106,7 +117,7 @@ def parse_config(options: dict[str, Any]) -> RunConfig:
         if not options.get(name):
             raise ValueError(f"train: {name} must be given, got {options.get(name)!r}")
     student, teacher = options.pop("student"), options.pop("teacher", None)
-    data = _data_config(options.pop("data"))
+    data, cache = _data_config(options.pop("data")), options.pop("teacher_cache", None)
     preset = options.pop("preset", "paper")
     options = flat_quantization(options)
     check_keys(options)
@@ -118,7 +129,11 @@ def parse_config(options: dict[str, Any]) -> RunConfig:
     for name in filter(None, (student, teacher)):
         if Path(name).exists() or not is_hub_name(name):
             Checkpoint(name)  # raises where it is not whole
-    return RunConfig(student, data, training, teacher, source)
+    if cache and not (teacher and Path(teacher).is_dir()):
+        raise ValueError(
+            f"train: teacher must be the directory that teacher_cache was made from, got {teacher}"
+        )
+    return RunConfig(student, data, training, teacher, cache, source)
 
 
 def _data_config(options: Any) -> DataConfig:
@@ -189,37 +204,92 @@ def run(config: RunConfig) -> Path:
 
     Raises:
         ValueError: data or models that cannot be used together, or an output directory that holds
-            another run (resume it with `resume_from_checkpoint: true`).
+            another run (resume it with `resume_from_checkpoint: true`, or `auto`).
+        OSError: an output directory that cannot be written or has no room for a checkpoint.
+        OutOfMemory: with what to lower.
+        Interrupted: SIGINT or SIGTERM ended the run, behind a checkpoint.
     """
-    from grace.training.plots import plot_curves
-
     output, training = Path(str(config.training.output_dir)), config.training
-    resume = _resume_point(training.resume_from_checkpoint)
+    resume = _resume_point(training.resume_from_checkpoint, output)
     if not resume and (list(output.glob("checkpoint-*")) or (output / FINAL).exists()):
         raise ValueError(
             f"train: output_dir must not hold another run, got {output}; choose another or give "
             "resume_from_checkpoint=true"
         )
-    trainer = build(config)
-    _describe(config, output)
-    trainer.train(resume_from_checkpoint=resume)
-    final = save_final(trainer, output / FINAL)
-    plot_curves(read_metrics(output / METRICS), output / "curves.png")
-    return final
+    require_writable(output)
+    with memory.explained_while_loading():
+        trainer = build(config)
+    if trainer.is_world_process_zero():
+        _describe(config, output)
+    started = time.perf_counter()
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    except Interrupted:
+        _report(trainer, output, time.perf_counter() - started)
+        raise
+    _report(trainer, output, time.perf_counter() - started)
+    return save_final(trainer, output / FINAL)
 
 
-def _resume_point(value: Any) -> bool | str | None:
+def _resume_point(value: Any, output: Path) -> bool | str | None:
+    """`auto` is true where there is a checkpoint, for jobs that a scheduler starts again."""
     words = {"true": True, "false": None, "none": None, "": None}
+    if isinstance(value, str) and value.lower() == "auto":
+        return True if output.is_dir() and get_last_checkpoint(str(output)) else None
     return words.get(value.lower(), value) if isinstance(value, str) else value
+
+
+def _report(trainer: Any, output: Path, seconds: float) -> None:
+    """Draw the curves, write the summary and say it."""
+    from grace.training.plots import plot_curves
+
+    peak = memory.peak_of_all_ranks(trainer.accelerator)  # on every rank
+    if not trainer.is_world_process_zero():
+        return
+    rows = read_metrics(output / METRICS)
+    plot_curves(rows, output / "curves.png")
+    summary = summarize(
+        rows,
+        steps=trainer.state.global_step,
+        seconds=seconds,
+        memory=peak,
+        ranks=trainer.args.world_size,
+    )
+    write_summary(summary, output)
+    for text in lines(summary):
+        _log.info(text)
+        if not trainer.args.disable_tqdm:
+            tqdm.write(text)
 
 
 def build(config: RunConfig) -> Any:
     """The trainer of a run: data read, both models loaded, the student quantized."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
     from grace.training.collator import Collator
-    from grace.training.data import ConversationDataset, read_rows
     from grace.training.trainer import GraceTrainer
+
+    dataset, processor = read_data(config)
+    teacher: Any = None
+    if config.training.needs_teacher and config.teacher_cache is not None:
+        made_from = cache_origin(config, processor)
+        dataset = TeacherCache(dataset, Path(config.teacher_cache), made_from)
+        teacher = CachedTeacher(dataset.head())
+    elif config.training.needs_teacher:
+        teacher = load_teacher(config)
+    return GraceTrainer(
+        _load(config.student, torch.float32),
+        config.training,
+        teacher,
+        train_dataset=dataset,
+        data_collator=Collator(processor),
+        processing_class=processor,
+    )
+
+
+def read_data(config: RunConfig) -> tuple[Any, Any]:
+    """The dataset, and the student's processor."""
+    from transformers import AutoProcessor
+
+    from grace.training.data import ConversationDataset, read_rows
 
     data = config.data
     rows = read_rows(data.path)
@@ -228,18 +298,29 @@ def build(config: RunConfig) -> Any:
     dataset = ConversationDataset(
         rows, processor, root, on_error=data.on_error, max_length=data.max_length
     )
-    load = AutoModelForImageTextToText.from_pretrained
-    teacher = None
-    if config.training.needs_teacher and config.teacher is not None:
-        on_gpu = config.training.device.type == "cuda"
-        teacher = load(config.teacher, dtype=torch.bfloat16 if on_gpu else torch.float32)
-    return GraceTrainer(
-        load(config.student, dtype=torch.float32),
-        config.training,
-        teacher,
-        train_dataset=dataset,
-        data_collator=Collator(processor),
-        processing_class=processor,
+    return dataset, processor
+
+
+def _load(name: str, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
+
+
+def load_teacher(config: RunConfig) -> Any:
+    """The teacher: in bf16 on a GPU, in fp32 on a CPU."""
+    on_gpu = config.training.device.type == "cuda"
+    return _load(str(config.teacher), torch.bfloat16 if on_gpu else torch.float32)
+
+
+def cache_origin(config: RunConfig, processor: Any) -> dict[str, Any]:
+    """What the run's teacher's cache must be made from."""
+    return origin(
+        rows=Path(config.data.path),
+        processor=processor,
+        teacher=Path(str(config.teacher)),
+        layer=config.training.rcka_layer,
+        max_length=config.data.max_length,
     )
 
 
@@ -251,16 +332,18 @@ def _describe(config: RunConfig, output: Path) -> None:
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     for name in ("grace", "transformers"):
         logging.getLogger(name).addHandler(handler)
+    logging.getLogger("grace").setLevel(logging.INFO)
 
 
 def save_final(trainer: Any, directory: Path) -> Path:
     """Save the trained student, processor and run facts; `directory` appears whole or not."""
     beside = directory.with_name(directory.name + ".unfinished")
-    shutil.rmtree(beside, ignore_errors=True)
+    if trainer.args.should_save:
+        shutil.rmtree(beside, ignore_errors=True)
     trainer.save_model(str(beside))
     if trainer.args.should_save:
         facts = {"steps": trainer.state.global_step, "modules": trainer.quantized}
         (beside / "grace_training.json").write_text(json.dumps(facts, indent=1))
-        shutil.rmtree(directory, ignore_errors=True)
-        os.replace(beside, directory)
+        publish(beside, directory)
+    trainer.accelerator.wait_for_everyone()
     return directory

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from grace.ops.linear_gated_dkd import whole_head
 from grace.training.adapters import Adapter, VisualTokens, adapter_for
 from grace.training.config import GraceConfig
 from grace.training.objective import Share, gate_sum
@@ -62,12 +63,16 @@ class Teacher:
         self.distils = config.distillation != "none"
         self.aligns = config.omega > 0
         self._compared = False
+        # What FSDP2 gathers in inference mode it could not gather into again outside of it.
+        self.mode = torch.no_grad if config.teacher_fsdp else torch.inference_mode
+        self.everywhere = config.world_size > 1
 
     def __call__(
         self, inputs: Mapping[str, Any], index: Tensor, visual: VisualTokens | None
     ) -> TeacherRows:
         """Hidden states of `inputs` at supervised positions and at visual tokens."""
-        with torch.inference_mode(), self.adapter.capture(self.layer) as states:
+        vision = self.adapter.vision_always(inputs, self.everywhere)
+        with self.mode(), vision, self.adapter.capture(self.layer) as states:
             self.model(**inputs, use_cache=False, logits_to_keep=1)
         # Gathered outside inference mode: ops save the rows for their backward.
         with torch.no_grad():
@@ -184,8 +189,8 @@ def _counts(
     gated = config.distillation == "gdkd" and config.gate
     # One micro-batch is the whole step: its own normalisation by Σ gates is already the step's.
     if gated and not single and teacher is not None and rows is not None:
-        vocabulary = min(adapter.head.shape[0], teacher.adapter.head.shape[0])
-        weight = gate_sum(rows.last, teacher.adapter.head, vocabulary)
+        head = whole_head(teacher.adapter.head)
+        weight = gate_sum(rows.last, head, min(adapter.head.shape[0], head.shape[0]))
     images = torch.zeros_like(tokens) if visual is None else visual.images(config.rcka_min_tokens)
     return torch.stack([tokens.double(), weight.double(), images.double()])
 

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PrinterCallback, ProgressCallback
 
 from grace.losses import AdaptiveIBController
 from grace.nn.quantize_ahead import hold, quantize_ahead, release
+from grace.ops.linear_gated_dkd import whole_head
+from grace.training import memory
 from grace.training.adapters import HiddenStates, adapter_for
-from grace.training.callbacks import CodeFlips, MetricsWriter
+from grace.training.callbacks import MetricsWriter
 from grace.training.checkpoints import AtomicTrainer
 from grace.training.config import GraceConfig
+from grace.training.drift import CodeDrift
+from grace.training.interrupt import Interrupted, StopSignals
 from grace.training.meter import SUMS, Meter, share_of
 from grace.training.objective import rcka, token_terms
 from grace.training.optimizer import parameter_groups, use_fp32_masters
-from grace.training.step import MicroBatch, Teacher, identity, model_inputs, plan
+from grace.training.progress import Progress
+from grace.training.step import MicroBatch, identity, model_inputs, plan
+from grace.training.teacher_placement import TeacherStream, place_teacher
 
 _MICRO = "grace_micro_batch"  # key under which a batch carries its MicroBatch
 
@@ -40,8 +48,8 @@ class GraceTrainer(AtomicTrainer):
             become `FakeQuantLinear` unless they are already, or `args.quantization` is off; its
             parameters become fp32, its vision tower is frozen unless told otherwise.
         args: the options.
-        teacher: a model that takes the student's inputs; needed unless `args.needs_teacher` is
-            False, and ignored then.
+        teacher: a model that takes the student's inputs, or a `CachedTeacher` where batches bring
+            its rows; needed unless `args.needs_teacher` is False, and ignored then.
         **trainer: what transformers' Trainer takes: train_dataset, data_collator,
             processing_class, callbacks …
 
@@ -73,24 +81,50 @@ class GraceTrainer(AtomicTrainer):
             beta_max=args.beta_max,
             ema_decay=args.ema_decay,
         )
+        self._drift = CodeDrift(model)
         saved = vars(model.config).get("use_cache")
         super().__init__(model=model, args=args, **trainer)
         _set_use_cache(model.config, saved)
+        self.shard_by(self.adapter.layer_class())
         # The loss is already divided by the whole step's tokens: Trainer must not divide it again
         # by the number of micro-batches. The second name is that of later transformers.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         self.teacher = self._place_teacher(teacher)
+        self._stream = TeacherStream(self.args.device, args.teacher_stream)
         self.dropped_terms = 0
+        self.longest_row = 0
+        self._stopped_by = 0  # the signal that ended `train` early
+        self._signals = StopSignals()
         self._meter = Meter(self.args.device)
-        self._flips = CodeFlips(model)
+        for replaced in (PrinterCallback, ProgressCallback):  # Progress does the work of both
+            self.remove_callback(replaced)
+        for callback in (self._drift, MetricsWriter(), Progress()):
+            self.add_callback(callback)
         quantize_ahead(self.adapter.layers)
-        self.add_callback(MetricsWriter())
 
-    def _place_teacher(self, teacher: nn.Module | None) -> Teacher | None:
+    def _place_teacher(self, teacher: nn.Module | None) -> Any:
         if teacher is None or not self.args.needs_teacher:
             return None
-        return Teacher(teacher.to(self.args.device), self.args)
+        return place_teacher(teacher, self.args)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's. SIGINT and SIGTERM end it behind the step that runs, with a checkpoint.
+
+        Raises:
+            Interrupted: a signal ended it.
+            OutOfMemory: with what to lower.
+            OSError: no room for a checkpoint, or one that could not be written.
+        """
+        self.require_room()
+        self._stopped_by = 0
+        self._meter.restart()
+        with self._signals.watched(), memory.explained(self):
+            output = super().train(*args, **kwargs)
+        if self._stopped_by:
+            where = str(self.args.output_dir)
+            raise Interrupted(self.state.global_step, self._stopped_by, where)
+        return output
 
     # One optimizer step
 
@@ -99,7 +133,11 @@ class GraceTrainer(AtomicTrainer):
         batches, items = super().get_batch_samples(*args, **kwargs)
         if batches:
             batches = [self._prepare_inputs(batch) for batch in batches]
-            for batch, micro in zip(batches, self._plan(batches), strict=True):
+            longest = max(batch["input_ids"].shape[1] for batch in batches)
+            self.longest_row = max(self.longest_row, longest)
+            with self._stream.ahead():
+                micros = self._plan(batches)
+            for batch, micro in zip(batches, micros, strict=True):
                 batch[_MICRO] = micro
         return batches, items
 
@@ -120,10 +158,8 @@ class GraceTrainer(AtomicTrainer):
         """The micro-batch's part of the step's loss, times the ranks that its gradient is averaged
         over."""
         micro = inputs.pop(_MICRO, None) or self._plan([inputs])[0]
-        if self.args.hold_quantized and model.training:
-            hold(self.adapter.layers, self.args.loss_dtype)
-        with self.adapter.capture(self.args.rcka_layer) as states:
-            outputs = model(**model_inputs(inputs), use_cache=False, logits_to_keep=1)
+        states, outputs = self._student(model, inputs)
+        self._stream.join(micro)
         terms = self._terms(states, micro)
         values = self._drop_nonfinite(terms, states, micro, inputs)
         weights = {
@@ -136,6 +172,23 @@ class GraceTrainer(AtomicTrainer):
             self._meter.add(values, micro, inputs)
         loss = loss * self.args.world_size
         return (loss, outputs) if return_outputs else loss
+
+    def _student(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[HiddenStates, Any]:
+        """The student's forward: what it left behind, and its outputs."""
+        if self.args.hold_quantized and model.training:
+            hold(self.adapter.layers, self.args.loss_dtype)
+        vision = self.adapter.vision_always(inputs, self.args.world_size > 1)
+        capture = self.adapter.capture(self.args.rcka_layer)
+        with self.autocast(), vision, capture as states:
+            outputs = model(**model_inputs(inputs), use_cache=False, logits_to_keep=1)
+        # Gathered here, where every rank comes by, and not again where a term is dropped.
+        states.heads = whole_head(self.adapter.head), self._teacher_head()
+        return states, outputs
+
+    def _teacher_head(self) -> Tensor | None:
+        if self.teacher is None or not self.teacher.distils:
+            return None
+        return whole_head(self.teacher.adapter.head)
 
     def _terms(self, states: HiddenStates, micro: MicroBatch) -> dict[str, Tensor]:
         """The terms of the loss that are switched on, averaged within the micro-batch."""
@@ -152,11 +205,12 @@ class GraceTrainer(AtomicTrainer):
     def _token_terms(
         self, states: HiddenStates, micro: MicroBatch, distil: bool = True
     ) -> dict[str, Tensor]:
+        head, teacher_head = states.heads
         teacher = None
-        if distil and self.teacher is not None and micro.teacher is not None:
-            teacher = micro.teacher.last, self.teacher.adapter.head
+        if distil and teacher_head is not None and micro.teacher is not None:
+            teacher = micro.teacher.last, teacher_head
         hidden = states.rows("last", micro.index)
-        return token_terms(self.args, hidden, self.adapter.head, micro.targets, teacher)
+        return token_terms(self.args, hidden, head, micro.targets, teacher)
 
     def _drop_nonfinite(
         self,
@@ -205,17 +259,25 @@ class GraceTrainer(AtomicTrainer):
 
     def _end_step(self) -> None:
         """Add up the step over ranks, unconditionally, and move β on the step's mean."""
-        sums = self._meter.take()
+        sums = self._meter.take(interrupted=self._signals.received > 0)
         if self.args.world_size > 1:
             sums = self._sum_over_ranks(sums)
         step = dict(zip(SUMS, sums.tolist(), strict=True))
         share = step.pop("distillation_share")
         self.dropped_terms += int(step.pop("dropped"))
+        if step.pop("interrupted") > 0:
+            self._stop()
         if share > 0:
             step["distillation"] /= share
             if self.args.adaptive_beta:
                 self.controller.update(step["distillation"])
         self._meter.end_step(step)
+
+    def _stop(self) -> None:
+        """End training behind this step, with a checkpoint, on every rank."""
+        self._stopped_by = self._signals.received or signal.SIGTERM
+        self.control.should_save = True
+        self.control.should_training_stop = True
 
     # Optimizer and logs
 
@@ -234,7 +296,8 @@ class GraceTrainer(AtomicTrainer):
         return self.optimizer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds to a training log: the terms' means, β, ω, tokens/s, dropped terms, code flips."""
+        """Adds to a training log: the terms' means, β, ω, tokens/s, dropped terms, code flips and
+        drift of scales."""
         if "loss" in logs:
             logs.update(self._step_logs())
         super().log(logs, start_time)
@@ -251,19 +314,25 @@ class GraceTrainer(AtomicTrainer):
         else:
             logs["omega"] = self.args.omega_at(max(0, self.state.global_step - 1))
         logs["dropped_terms"] = self.dropped_terms
-        flips = self._flips.rate()
-        return logs if flips is None else {**logs, "code_flip_rate": flips}
+        reduce = self._sum_over_ranks if self.args.world_size > 1 else identity
+        return {**logs, **self._drift.rates(reduce)}
 
     # State beside weights and optimizer
 
     def training_state(self) -> dict[str, Any]:
-        """What a checkpoint holds of the run itself: the controller, and counters."""
-        return {"controller": self.controller.state_dict(), "dropped_terms": self.dropped_terms}
+        """What a checkpoint holds of the run itself: the controller, counters, and the steps that
+        the next log averages over."""
+        return {
+            "controller": self.controller.state_dict(),
+            "dropped_terms": self.dropped_terms,
+            "steps": self._meter.steps,
+        }
 
     def load_training_state(self, state: Mapping[str, Any]) -> None:
         """Continue from what `training_state` gave."""
         self.controller.load_state_dict(state["controller"])
         self.dropped_terms = state["dropped_terms"]
+        self._meter.steps = list(state.get("steps", ()))
 
 
 def _set_use_cache(config: Any, value: bool | None) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from tiny_training import Signal
 
 from grace.cli import main
 from grace.evaluation import synthetic
@@ -47,7 +49,7 @@ def test_a_run_holds_config_log_metrics_plots_and_a_student_to_export(
     assert _train(config, "bits=8", "tau=0.5") == 0
     names = {path.name for path in run.iterdir()}
     assert names == {
-        *("config.yaml", "train.log", "metrics.jsonl", "curves.png"),
+        *("config.yaml", "train.log", "metrics.jsonl", "curves.png", "summary.json"),
         *("checkpoint-1", "checkpoint-2", "final"),
     }
     assert yaml.safe_load((run / "config.yaml").read_text())["bits"] == 8
@@ -55,6 +57,11 @@ def test_a_run_holds_config_log_metrics_plots_and_a_student_to_export(
     assert [row["step"] for row in rows] == [1, 2]
     assert {"ce", "gdkd", "rcka", "beta", "tokens_per_second", "grad_norm"} <= set(rows[0])
     assert not list(run.glob("**/*.bin"))
+    log = (run / "train.log").read_text()
+    assert [f"step {step}/2  loss " in log for step in (1, 2)] == [True, True]
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["steps"], summary["last"]["ce"]) == (2, rows[1]["ce"])
+    assert summary["peak_host_gib"] > 0
     with pytest.raises(SystemExit) as stop:
         main(["export", str(run / "final"), str(tmp_path / "packed")])
     assert not stop.value.code
@@ -105,6 +112,37 @@ def test_bad_input_is_one_line_and_writes_nothing(
     assert not (tmp_path / "run" / "final").exists()
     if "max_length" not in override:  # told of by the first row that is read
         assert not (tmp_path / "run").exists()
+
+
+def test_an_output_directory_that_cannot_be_written(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert _train(config, f"output_dir={tmp_path / 'file' / 'run'}") == 2
+    told = capsys.readouterr().err
+    assert "output_dir must be a directory that can be written, got" in told
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_stopped_run_says_how_to_go_on(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from grace.training.trainer import GraceTrainer
+
+    init = GraceTrainer.__init__
+
+    def init_and_stop(trainer: GraceTrainer, *args: Any, **kwargs: Any) -> None:
+        init(trainer, *args, **kwargs)
+        Signal(1, signal.SIGTERM)(trainer)
+
+    monkeypatch.setattr(GraceTrainer, "__init__", init_and_stop)
+    assert _train(config, "save_steps=100") == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM at step 1, checkpoint in" in capsys.readouterr().err
+    assert (tmp_path / "run" / "checkpoint-1").is_dir()
+    assert not (tmp_path / "run" / "final").exists()
+    monkeypatch.undo()
+    assert _train(config, "resume_from_checkpoint=auto") == 0
+    assert (tmp_path / "run" / "final").is_dir()
 
 
 @pytest.mark.parametrize("rows", ["[]", "{", ""])

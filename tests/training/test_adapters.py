@@ -129,11 +129,20 @@ def test_text_alone_runs_the_projector_where_ranks_need_it(kind: str) -> None:
         assert all(grad is None or not grad.any() for grad in found)
 
 
-def test_classes_of_layers() -> None:
-    assert adapter_for(families.smolvlm()).layer_classes() == {
-        "LlamaDecoderLayer",
-        "SmolVLMEncoderLayer",
-    }
+@pytest.mark.parametrize(
+    ("kind", "name"), [("llava", "LlamaDecoderLayer"), ("qwen3_vl", "Qwen3VLTextDecoderLayer")]
+)
+def test_the_class_that_fsdp_gathers_one_by_one(kind: str, name: str) -> None:
+    assert adapter_for(families.FAMILIES[kind]()).layer_class() == name
+
+
+def test_a_batch_with_images_gets_no_blank_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter, batch = adapter_for(families.qwen2_vl()), model_inputs(families.batch("qwen2_vl"))
+    monkeypatch.setattr(adapter, "blank_image", lambda _: pytest.fail("asked for a blank image"))
+    with adapter.vision_always(batch, needed=True):
+        assert not adapter.language_model._forward_pre_hooks
+    with adapter.vision_always({"input_ids": batch["input_ids"]}, needed=False):
+        assert not adapter.language_model._forward_pre_hooks
 
 
 @pytest.mark.parametrize("kind", KINDS)

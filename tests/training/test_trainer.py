@@ -13,6 +13,7 @@ import torch
 
 from grace.nn import FakeQuantLinear
 from grace.training.optimizer import parameter_groups
+from grace.training.step import identity
 from grace.training.trainer import GraceTrainer
 
 
@@ -119,6 +120,17 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
         assert last[0][name] == last[1][name], name
 
 
+def test_every_checkpoint_holds_beta(make_trainer: Callable, tmp_path: Path) -> None:
+    options = {"save_strategy": "steps", "save_steps": 1, "save_only_model": True, "max_steps": 3}
+    trainer = make_trainer(**options)
+    trainer.train()
+    run = tmp_path / "run"
+    states = [json.loads((run / f"checkpoint-{n}/grace_state.json").read_text()) for n in (1, 2, 3)]
+    betas = [state["controller"]["beta"] for state in states]
+    assert betas == [row["beta"] for row in _metrics(run)]
+    assert len(set(betas)) == 3
+
+
 def test_a_run_that_dies_while_saving_leaves_no_checkpoint(
     make_trainer: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,11 +210,11 @@ def test_what_is_missing_or_unknown(make_trainer: Callable, make_student: Callab
 def test_code_flips(make_trainer: Callable) -> None:
     trainer = make_trainer(learning_rate=0.0)
     trainer.train()
-    assert trainer._flips.rate() == 0.0
+    assert trainer._drift.rates(identity)["code_flip_rate"] == 0.0
     layer = next(m for m in trainer.model.modules() if isinstance(m, FakeQuantLinear))
     with torch.no_grad():
         layer.weight.neg_()
-    assert 0 < trainer._flips.rate() < 1
+    assert 0 < trainer._drift.rates(identity)["code_flip_rate"] < 1
 
 
 def test_evaluation_is_the_same_loss(make_trainer: Callable, dataset: Any) -> None:

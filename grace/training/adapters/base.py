@@ -95,11 +95,9 @@ class Adapter:
         for module in self.projector_modules():
             module.requires_grad_(True)
 
-    def layer_classes(self) -> set[str]:
-        """Names of the classes of decoder layers and of the vision tower's layers."""
-        lists = [part for tower in self.vision_modules() for part in tower.modules()]
-        towers = [part for part in lists if isinstance(part, nn.ModuleList) and len(part)]
-        return {type(layers[0]).__name__ for layers in (self.layers, *towers)}
+    def layer_class(self) -> str:
+        """Name of the decoder layers' class."""
+        return type(self.layers[0]).__name__
 
     def visual_tokens(self, batch: Mapping[str, Any]) -> VisualTokens | None:
         """The visual tokens of `batch`, image after image; None for a batch without any."""
