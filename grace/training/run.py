@@ -28,20 +28,11 @@ import yaml
 
 from grace.checkpoint import Checkpoint
 from grace.training.callbacks import METRICS, read_metrics
-from grace.training.config import GraceConfig, check_keys, suggestion
+from grace.training.config import GraceConfig, check_keys
+from grace.training.data_config import DataConfig, build_collator, build_dataset, parse_data
 
 FINAL = "final"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Where training rows come from; see `ConversationDataset`."""
-
-    path: str
-    image_root: str | None = None
-    on_error: str = "raise"
-    max_length: int | None = None
 
 
 @dataclass(frozen=True)
@@ -92,7 +83,7 @@ def parse_config(options: dict[str, Any]) -> RunConfig:
         if not options.get(name):
             raise ValueError(f"train: {name} must be given, got {options.get(name)!r}")
     student, teacher = options.pop("student"), options.pop("teacher", None)
-    data = _data_config(options.pop("data"))
+    data = parse_data(options.pop("data"))
     preset = options.pop("preset", "paper")
     check_keys(options)
     if not (options.get("fp16") or options.get("use_cpu")) and torch.cuda.is_available():
@@ -104,19 +95,6 @@ def parse_config(options: dict[str, Any]) -> RunConfig:
         if Path(name).exists() or not is_hub_name(name):
             Checkpoint(name)  # raises where it is not whole
     return RunConfig(student, data, training, teacher, source)
-
-
-def _data_config(options: Any) -> DataConfig:
-    options = {"path": options} if isinstance(options, str) else options
-    known = [item.name for item in dataclasses.fields(DataConfig)]
-    if not isinstance(options, dict) or not options.get("path"):
-        raise ValueError(f"train: data must be a path or a mapping with a path, got {options!r}")
-    for key in options:
-        if key not in known:
-            raise ValueError(f"train: unknown option data.{key}{suggestion(key, known)}")
-    if not Path(options["path"]).is_file():
-        raise FileNotFoundError(f"train: data.path must be a file, got {options['path']}")
-    return DataConfig(**options)
 
 
 def _as_numbers(options: dict[str, Any]) -> dict[str, Any]:
@@ -173,28 +151,22 @@ def build(config: RunConfig) -> Any:
     """The trainer of a run: data read, both models loaded, the student quantized."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    from grace.training.collator import Collator
-    from grace.training.data import ConversationDataset, read_rows
     from grace.training.trainer import GraceTrainer
 
-    data = config.data
-    rows = read_rows(data.path)
     processor = AutoProcessor.from_pretrained(config.student)
-    root = data.image_root or Path(data.path).parent
-    dataset = ConversationDataset(
-        rows, processor, root, on_error=data.on_error, max_length=data.max_length
-    )
+    dataset = build_dataset(config.data, config.training, processor)
     load = AutoModelForImageTextToText.from_pretrained
     teacher = None
     if config.training.needs_teacher and config.teacher is not None:
         on_gpu = config.training.device.type == "cuda"
         teacher = load(config.teacher, dtype=torch.bfloat16 if on_gpu else torch.float32)
+    student = load(config.student, dtype=torch.float32)
     return GraceTrainer(
-        load(config.student, dtype=torch.float32),
+        student,
         config.training,
         teacher,
         train_dataset=dataset,
-        data_collator=Collator(processor),
+        data_collator=build_collator(config.data, processor, student),
         processing_class=processor,
     )
 

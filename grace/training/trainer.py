@@ -16,6 +16,7 @@ from grace.training.config import GraceConfig
 from grace.training.meter import SUMS, Meter, share_of
 from grace.training.objective import rcka, token_terms
 from grace.training.optimizer import parameter_groups, use_fp32_masters
+from grace.training.sampler import EpochSetter, check_data_state, data_state, epoch_sampler
 from grace.training.step import MicroBatch, Teacher, identity, model_inputs, plan
 
 _MICRO = "grace_micro_batch"  # key under which a batch carries its MicroBatch
@@ -80,9 +81,12 @@ class GraceTrainer(AtomicTrainer):
         self.loss_is_scaled_for_ga = True
         self.teacher = self._place_teacher(teacher)
         self.dropped_terms = 0
+        self.skipped_rows = getattr(self.train_dataset, "skipped", 0)
         self._meter = Meter(self.args.device)
         self._flips = CodeFlips(model)
         self.add_callback(MetricsWriter())
+        self._order = EpochSetter()
+        self.add_callback(self._order)
 
     def _place_teacher(self, teacher: nn.Module | None) -> Teacher | None:
         if teacher is None or not self.args.needs_teacher:
@@ -200,11 +204,20 @@ class GraceTrainer(AtomicTrainer):
         step = dict(zip(SUMS, sums.tolist(), strict=True))
         share = step.pop("distillation_share")
         self.dropped_terms += int(step.pop("dropped"))
+        self.skipped_rows += int(step.pop("skipped"))
         if share > 0:
             step["distillation"] /= share
             if self.args.adaptive_beta:
                 self.controller.update(step["distillation"])
         self._meter.end_step(step)
+
+    # Order of the data
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """An order that is a function of seed and epoch, the same on every rank."""
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        self._order.sampler = epoch_sampler(dataset, self.args)
+        return self._order.sampler or super()._get_train_sampler(train_dataset)
 
     # Optimizer and logs
 
@@ -240,19 +253,27 @@ class GraceTrainer(AtomicTrainer):
         else:
             logs["omega"] = self.args.omega_at(max(0, self.state.global_step - 1))
         logs["dropped_terms"] = self.dropped_terms
+        logs["skipped_rows"] = self.skipped_rows
         flips = self._flips.rate()
         return logs if flips is None else {**logs, "code_flip_rate": flips}
 
     # State beside weights and optimizer
 
     def training_state(self) -> dict[str, Any]:
-        """What a checkpoint holds of the run itself: the controller, and counters."""
-        return {"controller": self.controller.state_dict(), "dropped_terms": self.dropped_terms}
+        """What a checkpoint holds of the run itself: the controller, counters, which data."""
+        return {
+            "controller": self.controller.state_dict(),
+            "dropped_terms": self.dropped_terms,
+            "skipped_rows": self.skipped_rows,
+            "data": data_state(self.train_dataset, self.args),
+        }
 
     def load_training_state(self, state: Mapping[str, Any]) -> None:
         """Continue from what `training_state` gave."""
         self.controller.load_state_dict(state["controller"])
         self.dropped_terms = state["dropped_terms"]
+        self.skipped_rows = state.get("skipped_rows", self.skipped_rows)
+        check_data_state(state.get("data"), data_state(self.train_dataset, self.args), self.args)
 
 
 def _set_use_cache(config: Any, value: bool | None) -> None:

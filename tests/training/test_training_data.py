@@ -13,7 +13,9 @@ import torch
 from PIL import Image
 
 from grace.training import Collator, ConversationDataset
-from grace.training.data import encode, image_paths, read_rows, to_messages
+from grace.training.data import read_rows
+from grace.training.encoding import encode
+from grace.training.formats import read_conversation
 
 LLAVA_LIKE = (  # turns without an end mark, images before text, a space behind every text
     "{% for m in messages %}{{ m['role'].upper() + ': ' }}"
@@ -42,7 +44,8 @@ def _answers(processor: Any, inputs: dict[str, torch.Tensor]) -> list[str]:
 
 def _encode(processor: Any, *texts: str, images: int = 1) -> dict[str, torch.Tensor]:
     row = {"image": ["a.png"] * images, "conversations": _turns(*texts)}
-    return encode(processor, to_messages(row), [Image.new("RGB", (32, 32))] * images)
+    messages = read_conversation(row if images else {**row, "image": None}).messages
+    return encode(processor, messages, [Image.new("RGB", (32, 32))] * images)
 
 
 def test_labels_are_the_answer_and_its_end(processor: Any) -> None:
@@ -90,8 +93,9 @@ def test_text_alone(processor: Any, tmp_path: Path) -> None:
 
 def test_images_that_no_text_mentions_come_first() -> None:
     row = {"image": "a.png", "conversations": _turns("What is this ?", "star")}
-    assert to_messages(row)[0]["content"][0] == {"type": "image"}
-    assert image_paths(row) == ["a.png"]
+    found = read_conversation(row)
+    assert found.messages[0]["content"][0] == {"type": "image"}
+    assert found.images == ["a.png"]
 
 
 def test_a_batch_is_padded_on_the_right(dataset: ConversationDataset, processor: Any) -> None:
@@ -109,14 +113,15 @@ def test_a_batch_is_padded_on_the_right(dataset: ConversationDataset, processor:
 
 
 BAD = {
-    "no list 'conversations'": {"image": None},
-    "turns must alternate": {"conversations": _turns("How many ?")},
+    "a list 'conversations' or 'messages'": {"image": None},
+    "must have an assistant turn": {"conversations": _turns("How many ?")},
+    "turns must alternate": {"conversations": _turns("How many ?", "two", "Why ?")},
     "an answer must not be empty": {"conversations": _turns("How many ?", " ")},
     "1 images for 2 marks": {
         "image": "images/00000.png",
         "conversations": _turns("<image><image>", "two"),
     },
-    "no image": {"image": "absent.png", "conversations": _turns("<image>", "two")},
+    "no file": {"image": "absent.png", "conversations": _turns("<image>", "two")},
     "a turn must have 'from'": {"conversations": [{"from": "cat", "value": "meow"}]},
 }
 
@@ -129,12 +134,15 @@ def test_a_bad_row_is_an_error_with_its_index(rows_root: Path, processor: Any, r
 
 
 def test_bad_rows_are_skipped_and_counted_when_asked_for(rows_root: Path, processor: Any) -> None:
-    rows = [*BAD.values(), *read_rows(rows_root / "train.json")[:3]]
+    forms = [row for reason, row in BAD.items() if reason != "no file"]
+    rows = [*forms, *read_rows(rows_root / "train.json")[:3], BAD["no file"]]
     dataset = ConversationDataset(rows, processor, rows_root, on_error="skip")
-    assert (len(dataset), dataset.skipped) == (3, len(BAD))
-    assert dataset[0]["row_ids"] == len(BAD)
+    assert (len(dataset), dataset.skipped) == (4, len(forms))
+    assert (dataset[0]["row_ids"], dataset[0]["skipped"]) == (len(forms), 0)
+    # The missing file shows when the row is read: the next row, here the first, takes its place.
+    assert (dataset[3]["row_ids"], dataset[3]["skipped"]) == (len(forms), 1)
     with pytest.raises(ValueError, match="at least one row must be usable, got 6 bad rows"):
-        ConversationDataset(list(BAD.values()), processor, rows_root, on_error="skip")
+        ConversationDataset(forms, processor, rows_root, on_error="skip")
 
 
 def test_an_image_that_turns_out_torn(rows_root: Path, processor: Any, tmp_path: Path) -> None:
@@ -147,8 +155,7 @@ def test_an_image_that_turns_out_torn(rows_root: Path, processor: Any, tmp_path:
     with pytest.raises(ValueError, match="data: row 0 must be usable"):
         ConversationDataset(rows, processor, tmp_path)[0]
     dataset = ConversationDataset(rows, processor, tmp_path, on_error="skip")
-    assert dataset[0]["row_ids"] == 1
-    assert dataset.skipped == 1
+    assert (dataset[0]["row_ids"], dataset[0]["skipped"]) == (1, 1)
 
 
 def test_rows_that_are_too_long(rows_root: Path, processor: Any) -> None:
@@ -164,7 +171,7 @@ def test_rows_that_are_too_long(rows_root: Path, processor: Any) -> None:
         ("rows.json", "[]", ValueError, "at least one row"),
         ("rows.jsonl", "", ValueError, "at least one row"),
         ("rows.json", "{", ValueError, "must be JSON"),
-        ("rows.jsonl", '{"a": 1}\n{', ValueError, "rows.jsonl, line 2 must be JSON"),
+        ("rows.jsonl", '{"a": 1}\n{', ValueError, "byte 9 on must be JSON"),
         ("rows.json", '{"a": 1}', ValueError, "must hold a list of rows, got dict"),
     ],
 )
@@ -174,14 +181,14 @@ def test_files_that_cannot_be_read(
     if text is not None:
         (tmp_path / name).write_text(text)
     with pytest.raises(error, match=message):
-        read_rows(tmp_path / name)
+        list(read_rows(tmp_path / name))
 
 
 def test_json_lines(tmp_path: Path) -> None:
     rows = [{"conversations": _turns("a", "b")}, {"conversations": _turns("c", "d")}]
     text = "\n".join(json.dumps(row) for row in rows)
     (tmp_path / "rows.jsonl").write_text(text + "\n\n")
-    assert read_rows(tmp_path / "rows.jsonl") == rows
+    assert list(read_rows(tmp_path / "rows.jsonl")) == rows
 
 
 def test_a_row_is_the_same_however_often_it_is_read(dataset: Callable) -> None:
