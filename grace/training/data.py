@@ -188,8 +188,8 @@ class ConversationDataset(Dataset):
             found.messages,
             [open_image(image, root) for image in found.images],
             [open_video(video, root) for video in found.videos],
-            self.max_length,
-            self.truncate,
+            max_length=self.max_length,
+            truncate=self.truncate,
         )
         return {**inputs, "row_ids": torch.tensor(row)}
 

@@ -15,6 +15,7 @@ def encode(
     messages: list[dict[str, Any]],
     images: Sequence[Any] = (),
     videos: Sequence[Any] = (),
+    *,
     max_length: int | None = None,
     truncate: bool = False,
 ) -> dict[str, Tensor]:
@@ -89,7 +90,7 @@ def _cut(
             token = getattr(processor, f"{kind}_token_id", None)
             if token is not None and (ids[max_length:] == token).any():
                 raise ValueError(
-                    f"{len(ids)} tokens, and max_length {max_length} would cut a {kind}"
+                    f"{len(ids)} tokens, and max_length {max_length} would cut its {kind}s"
                 )
         by_token = {name: value[:max_length] for name, value in by_token.items()}
     if (by_token["labels"] == IGNORE).all():
