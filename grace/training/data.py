@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from grace.training.encoding import encode
-from grace.training.formats import Conversation, read_conversation
+from grace.training.formats import Conversation, media_of, read_conversation
 from grace.training.lengths import LengthModel
 from grace.training.media import missing_files, open_image, open_video
 from grace.training.row_files import ListRows, Rows, read_rows
@@ -127,10 +127,23 @@ class ConversationDataset(Dataset):
         return np.concatenate(drawn)
 
     def _check_files(self, usable: np.ndarray) -> None:
-        for row in np.flatnonzero(usable):
-            found, root = self._conversation(int(row))
-            for path in missing_files(found.images, found.videos, root):
-                raise RowError(f"data: {self.where(int(row))} must be usable, got: no file {path}")
+        for number, source in enumerate(self.sources):
+            start, end = self.starts[number : number + 2]
+            facts = _facts(source)
+            shows = (facts["images"] + facts["videos"] > 0) & usable[start:end]
+            for row in np.flatnonzero(shows).tolist():
+                self._check_row(source, row, start + row)
+
+    def _check_row(self, source: Source, row: int, place: int) -> None:
+        try:
+            missing = missing_files(*media_of(source.rows[row]), source.image_root)
+        except _ROW_ERRORS as error:
+            raise self._row_error(place, error) from error
+        if missing:
+            raise self._row_error(place, f"no file {missing[0]}")
+
+    def _row_error(self, row: int, reason: Any) -> RowError:
+        return RowError(f"data: {self.where(row)} must be usable, got: {reason}")
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -172,8 +185,7 @@ class ConversationDataset(Dataset):
             found, root = self._conversation(row)
             return None if processor is None else self._encode(row, found, root)
         except _ROW_ERRORS as error:
-            reason = error if str(error) else repr(error)
-            raise RowError(f"data: {self.where(row)} must be usable, got: {reason}") from error
+            raise self._row_error(row, error if str(error) else repr(error)) from error
 
     def _conversation(self, row: int) -> tuple[Conversation, Path]:
         number = int(np.searchsorted(self.starts, row, side="right")) - 1

@@ -54,6 +54,11 @@ def _options(
     options["return_text_replacement_offsets"] = True
     if videos:
         options["videos"] = list(videos)
+        framed = {isinstance(video, list) for video in videos}
+        if len(framed) > 1:
+            raise ValueError("videos of a row must all be files or all lists of frames, got both")
+        if framed == {True}:  # given as they are to be seen: there is no rate to sample them by
+            options["videos_kwargs"] = {"do_sample_frames": False}
     start = processor.tokenizer.bos_token
     if start and text.startswith(start):  # the template wrote it: the tokenizer must not again
         options["add_special_tokens"] = False

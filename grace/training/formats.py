@@ -72,6 +72,14 @@ def read_conversation(row: Any) -> Conversation:
     return found
 
 
+def media_of(row: dict[str, Any]) -> tuple[list[Any], list[Any]]:
+    """Images and videos of a row that `read_conversation` accepts, where possible without it."""
+    if isinstance(row.get("conversations"), list):
+        return _column(row, "image"), _column(row, "video")
+    found = read_conversation(row)
+    return found.images, found.videos
+
+
 def _check_turns(roles: list[str]) -> None:
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if "assistant" not in turns:

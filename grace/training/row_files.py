@@ -83,7 +83,7 @@ class TextRows(Rows):
     def _read(self, index: int) -> Any:
         if self._file is None:
             self._file = os.open(self.path, os.O_RDONLY)
-        offset, size = (int(self.facts[name][index]) for name in ("offset", "size"))
+        offset, size, *_ = self.facts[index].item()
         # pread moves no position that forked workers would share.
         data = os.pread(self._file, size, offset)
         try:
@@ -132,8 +132,8 @@ class ArrowRows(Rows):
                 yield number, place, row
 
     def _read(self, index: int) -> Any:
-        batch = self._open()[int(self.facts["offset"][index])]
-        return batch.slice(int(self.facts["size"][index]), 1).to_pylist()[0]
+        number, place, *_ = self.facts[index].item()
+        return self._open()[number].slice(place, 1).to_pylist()[0]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_batches": None}

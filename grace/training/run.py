@@ -1,7 +1,7 @@
 """A training run from a YAML file: `grace train config.yaml key=value …`.
 
     student: path or hub name         teacher: path or hub name
-    data: {path: rows.json, image_root: images, on_error: raise, max_length: null}
+    data: {path: rows.json, image_root: images, max_length: 2048}   … see `DataConfig`
     preset: paper                     output_dir: runs/name
     bits: 4                           … and any other field of GraceConfig
 

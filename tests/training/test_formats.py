@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from grace.training.formats import read_conversation
+from grace.training.formats import media_of, read_conversation
 from grace.training.media import missing_files, open_image, open_video
 
 IMAGE, VIDEO = {"type": "image"}, {"type": "video"}
@@ -90,7 +90,7 @@ def test_accepted_rows(row: dict, parts: list, images: list, videos: list) -> No
     assert [message["role"] for message in found.messages] == ["user", "assistant"]
     assert found.messages[0]["content"] == parts
     assert found.messages[1]["content"] == [_text("two")]
-    assert (found.images, found.videos) == (images, videos)
+    assert (found.images, found.videos) == media_of(row) == (images, videos)
 
 
 def test_a_system_turn_and_several_answers() -> None:
@@ -179,8 +179,10 @@ def test_a_picture_that_is_far_too_large(tmp_path: Path, monkeypatch: pytest.Mon
 def test_missing_files(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(_png())
     videos = ["v.mp4", ["a.png", "f.png"]]
+    with pytest.raises(ValueError, match="must be a path or bytes, got 5"):
+        missing_files([5], [], tmp_path)
     missing = missing_files(["a.png", b"x", {"bytes": b"x"}, "b.png"], videos, tmp_path)
-    assert [path.name for path in missing] == ["b.png", "v.mp4", "f.png"]
+    assert [Path(path).name for path in missing] == ["b.png", "v.mp4", "f.png"]
 
 
 def test_videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +193,7 @@ def test_videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"no video .*absent\.mp4"):
         open_video("absent.mp4", tmp_path)
     monkeypatch.setattr("grace.training.media.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"a video file needs a decoder .*, got none"):
+    with pytest.raises(ImportError, match=r"needs torchcodec.*grace-vlm\[video\]"):
         open_video("v.mp4", tmp_path)
-    monkeypatch.setattr("grace.training.media.find_spec", lambda name: name == "av" or None)
+    monkeypatch.setattr("grace.training.media.find_spec", lambda name: name)
     assert open_video({"path": "v.mp4"}, tmp_path) == str(tmp_path / "v.mp4")

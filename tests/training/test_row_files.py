@@ -118,7 +118,7 @@ def test_an_index_is_made_once_for_one_state_of_a_file(
     monkeypatch.setitem(row_files.TEXT_SUFFIXES, ".json", count)
     again = read_rows(path)
     assert made == []
-    assert isinstance(again.facts, np.memmap)
+    assert isinstance(again.facts.base, np.memmap)
     assert np.array_equal(first.facts, again.facts)
     _write(path, ROWS[:7])
     assert len(read_rows(path)) == 7

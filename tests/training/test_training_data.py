@@ -99,6 +99,34 @@ def test_videos_for_a_processor_without(processor: Any) -> None:
         encode(processor, read_conversation(row).messages, (), ["a.mp4"])
 
 
+def test_frames_of_a_video_are_not_sampled_again(processor: Any) -> None:
+    class Seen(Exception):
+        pass
+
+    class Watched(type(processor)):
+        video_token, video_processor = "<video>", object()
+
+        def __call__(self, **options: Any) -> Any:
+            raise Seen(options)
+
+    watched = copy.copy(processor)
+    watched.__class__ = Watched
+    watched.chat_template = "{{ '<video>' * messages[0]['content'] | length }}{% generation %}a"
+    watched.chat_template += "{% endgeneration %}"
+    frames = [Image.new("RGB", (8, 8))] * 2
+    for videos, expected in (([frames], {"do_sample_frames": False}), (["a.mp4"], None)):
+        messages = read_conversation(
+            {"conversations": _turns("<video>", "two"), "video": videos}
+        ).messages
+        with pytest.raises(Seen) as seen:
+            encode(watched, messages, (), videos)
+        assert seen.value.args[0]["videos"] == videos
+        assert seen.value.args[0].get("videos_kwargs") == expected
+    both = read_conversation({"conversations": _turns("<video><video>", "a"), "video": ["a", "b"]})
+    with pytest.raises(ValueError, match="must all be files or all lists of frames, got both"):
+        encode(watched, both.messages, (), [frames, "a.mp4"])
+
+
 def test_a_beginning_that_the_template_writes_is_not_added_again(processor: Any) -> None:
     from tokenizers.processors import TemplateProcessing
 
