@@ -42,12 +42,15 @@ class Conversation:
     @property
     def text_bytes(self) -> int:
         """Bytes of all texts in UTF-8: what the number of text tokens goes with."""
-        return sum(len(part["text"].encode()) for part in self.parts("text"))
+        texts = [part["text"] for part in self.parts("text")]
+        return sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
 
     def parts(self, kind: str) -> Iterator[dict[str, Any]]:
         """The parts of one kind ("text", "image", "video"), turn after turn."""
-        every = (part for message in self.messages for part in message["content"])
-        return (part for part in every if part["type"] == kind)
+        for message in self.messages:
+            for part in message["content"]:
+                if part["type"] == kind:
+                    yield part
 
 
 def read_conversation(row: Any) -> Conversation:
@@ -118,7 +121,8 @@ def _chat_message(turn: Any, marked: bool) -> dict[str, Any]:
 
 
 def _role(turn: Any, key: str) -> str:
-    role = _ROLES.get(str(turn.get(key))) if isinstance(turn, dict) else None
+    given = turn.get(key) if isinstance(turn, dict) else None
+    role = _ROLES.get(given) if isinstance(given, str) else None
     if role is None:
         raise ValueError(f"a turn must have '{key}' (one of {', '.join(_ROLES)}), got {turn!r}")
     return role
@@ -132,6 +136,9 @@ def _text_message(role: str, text: str) -> dict[str, Any]:
 
 def _marked_parts(text: str) -> list[dict[str, Any]]:
     """Text with marks as parts; white space round a mark goes, as in LLaVA."""
+    if "<" not in text:
+        text = text.strip()
+        return [{"type": "text", "text": text}] if text else []
     pieces = [piece.strip() for piece in _SPLIT.split(text)]
     return [
         {"type": _MARKS[piece]} if piece in _MARKS else {"type": "text", "text": piece}
