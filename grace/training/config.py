@@ -270,6 +270,8 @@ def _check(config: GraceConfig) -> None:
     for name in ("scale_lr_ratio", "temperature", "beta_init", "beta_max"):
         _require(config, name, getattr(config, name) > 0, "be > 0")
     _require(config, "chunk_size", config.chunk_size is None or config.chunk_size > 0, "be > 0")
+    kept = config.keep_logits and config.chunk_size is not None
+    _require(config, "chunk_size", not kept, "be None with keep_logits")
     _require(config, "teacher_bits", config.teacher_bits in (None, 4, 8), "be 4, 8 or None")
     group = config.teacher_group_size
     _require(config, "teacher_group_size", group == -1 or group > 0, "be > 0 or -1")

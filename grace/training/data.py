@@ -1,218 +1,254 @@
-"""Training rows: LLaVA/ShareGPT4V JSON and JSONL, turned into inputs of a model with labels.
-
-A row is `{"image": "path" or ["path", …], "conversations": [{"from": "human", "value":
-"<image>\\n…"}, {"from": "gpt", "value": "…"}, …]}`; without `image` it is text alone.
-"""
+"""Training rows as inputs of a model with labels, read and encoded one at a time."""
 
 from __future__ import annotations
 
-import json
+import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from grace.training.labels import render_turns, token_labels
+from grace.training.encoding import encode
+from grace.training.formats import Conversation, media_of, read_conversation
+from grace.training.lengths import LengthModel
+from grace.training.media import missing_files, open_image, open_video
+from grace.training.row_files import ListRows, Rows, read_rows
+from grace.training.row_index import FACTS
+
+__all__ = ["ConversationDataset", "RowError", "Source", "read_rows"]
 
 ON_ERROR = ("raise", "skip")
-IMAGE_MARK = "<image>"
-_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
-_ROLES["system"] = "system"
+SKIPPED = "skipped"  # key under which an item tells how many rows it stands for that were left out
 _log = logging.getLogger(__name__)
+# What reading, decoding and encoding a row raise for the row's sake. ImportError is not among
+# them: a missing package is no row's fault.
+_ROW_ERRORS = (ValueError, OSError, KeyError, TypeError, IndexError)
 
 
 class RowError(ValueError):
     """A row that cannot be used; the message says which and why."""
 
 
-def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """Rows of a `.json` (one list) or `.jsonl` (one object a line) file.
+@dataclass(frozen=True)
+class Source:
+    """One file of rows.
 
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not JSON, not a list of objects, or no row in it.
+    Attributes:
+        rows: as `read_rows` gives them, or a list.
+        image_root: folder that its paths are relative to.
+        weight: how often an epoch holds each of its rows. Of 1.5, an epoch holds every row once
+            and half of the rows, drawn by the seed, again; the draw is the same in every epoch.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"data: file must exist, got {path}")
-    rows = _read_lines(path) if path.suffix == ".jsonl" else _parse(path, path.read_text())
-    if not isinstance(rows, list):
-        raise ValueError(f"data: {path} must hold a list of rows, got {type(rows).__name__}")
-    if not rows:
-        raise ValueError(f"data: {path} must hold at least one row, got an empty list")
-    return rows
 
-
-def _read_lines(path: Path) -> list[Any]:
-    with path.open() as lines:
-        numbered = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
-        return [_parse(f"{path}, line {number}", line) for number, line in numbered]
-
-
-def _parse(where: str | Path, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"data: {where} must be JSON, got {error}") from error
+    rows: Rows | Sequence[Any]
+    image_root: str | Path = "."
+    weight: float = 1.0
 
 
 class ConversationDataset(Dataset):
     """Conversations about images as inputs of a model: `input_ids`, `labels`, pixels, `row_ids`.
 
+    Nothing but an index of the rows is held in memory. Rows of an unknown form are known from it;
+    what shows only when a row is read (a file that is missing or torn, too many tokens) is found
+    then.
+
     Args:
-        rows: as `read_rows` gives them.
+        rows: as `read_rows` gives them, a list of rows, or a list of `Source`s.
         processor: of the student's checkpoint, with a chat template and a fast tokenizer.
-        image_root: folder that image paths are relative to.
-        on_error: "raise": a row that cannot be used is an error with its index. "skip": such rows
-            are left out and counted (`skipped`).
-        max_length: a row of more tokens cannot be used (cutting it would tear images apart).
+        image_root: folder that image paths are relative to; a `Source` has its own.
+        on_error: "raise": a row that cannot be used is an error with its file, index and reason.
+            "skip": such rows are left out and counted: those of an unknown form in `skipped`,
+            the others in the item that stands in their place.
+        max_length: a row of more tokens cannot be used.
+        truncate: cut a row of more tokens at its end instead; one whose images would be cut still
+            cannot be used.
+        check_files: look for every file that a row names before the first is read (with "raise").
+        seed: of the draw that fractional weights make.
+
+    Attributes:
+        entries: int64 [n]: the row of each item, counted through all sources.
+        skipped: rows left out because of their form.
 
     Raises:
-        ValueError: no row is left, an unknown `on_error`, or (raise) a bad row.
+        ValueError: no row is left, an option out of range, or (raise) a bad row.
     """
 
     def __init__(
         self,
-        rows: Sequence[dict[str, Any]],
+        rows: Rows | Sequence[Any],
         processor: Any,
         image_root: str | Path = ".",
         *,
         on_error: str = "raise",
         max_length: int | None = None,
+        truncate: bool = False,
+        check_files: bool = True,
+        seed: int = 0,
     ) -> None:
         if on_error not in ON_ERROR:
             raise ValueError(f"data: on_error must be one of {ON_ERROR}, got {on_error!r}")
-        self.processor, self.root = processor, Path(image_root)
-        self.on_error, self.max_length = on_error, max_length
-        self.rows, self.skipped = rows, 0
-        self.indices = [index for index in range(len(rows)) if self._usable(index)]
-        if not self.indices:
-            raise ValueError(f"data: at least one row must be usable, got {self.skipped} bad rows")
+        self.processor, self.on_error = processor, on_error
+        self.max_length, self.truncate = max_length, truncate
+        self.sources = _sources(rows, image_root)
+        self.starts = np.cumsum([0, *(len(source.rows) for source in self.sources)])
+        usable = np.concatenate([_facts(source)["usable"] for source in self.sources])
+        self.skipped = int((~usable).sum())
         if self.skipped:
-            _log.warning("data: skipped %d of %d rows", self.skipped, len(rows))
+            self._report_unusable(int(np.argmin(usable)), len(usable))
+        self.entries = self._draw(usable, seed)
+        if not len(self.entries):
+            raise ValueError(f"data: at least one row must be usable, got {self.skipped} bad rows")
+        if check_files and on_error == "raise":
+            self._check_files(usable)
+        self._length_model: LengthModel | None = None
+
+    def _report_unusable(self, first: int, of: int) -> None:
+        try:
+            self._attempt(first, None)
+        except RowError as error:
+            if self.on_error == "raise":
+                raise
+            _log.warning("data: skipped %d of %d rows, the first: %s", self.skipped, of, error)
+
+    def _draw(self, usable: np.ndarray, seed: int) -> np.ndarray:
+        random, drawn = np.random.default_rng(seed), []
+        for number, source in enumerate(self.sources):
+            start, end = self.starts[number : number + 2]
+            rows = start + np.flatnonzero(usable[start:end])
+            whole, part = divmod(source.weight, 1)
+            again = random.permutation(rows)[: round(part * len(rows))]
+            drawn += [np.repeat(rows, int(whole)), np.sort(again)]
+        return np.concatenate(drawn)
+
+    def _check_files(self, usable: np.ndarray) -> None:
+        for number, source in enumerate(self.sources):
+            start, end = self.starts[number : number + 2]
+            facts = _facts(source)
+            shows = (facts["images"] + facts["videos"] > 0) & usable[start:end]
+            for row in np.flatnonzero(shows).tolist():
+                self._check_row(source, row, start + row)
+
+    def _check_row(self, source: Source, row: int, place: int) -> None:
+        try:
+            missing = missing_files(*media_of(source.rows[row]), source.image_root)
+        except _ROW_ERRORS as error:
+            raise self._row_error(place, error) from error
+        if missing:
+            raise self._row_error(place, f"no file {missing[0]}")
+
+    def _row_error(self, row: int, reason: Any) -> RowError:
+        return RowError(f"data: {self.where(row)} must be usable, got: {reason}")
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return len(self.entries)
 
     def __getitem__(self, item: int) -> dict[str, Tensor]:
         """The item's row as tensors without a batch dimension (pixels keep theirs).
 
-        Where skipping is asked for, a row that turns out bad only now (a torn image, too many
-        tokens) is counted, and the next one takes its place.
+        Where skipping is asked for, the next row takes the place of one that cannot be used;
+        `skipped` int64 [] says how many were passed over.
         """
-        for offset in range(len(self.indices)):
-            index = self.indices[(item + offset) % len(self.indices)]
-            try:
-                return self._attempt(index, self._encode)
-            except RowError:
-                if self.on_error == "raise":
-                    raise
-                self.skipped += 1
-                _log.warning("data: skipped row %d", index)
+        for offset in range(len(self)):
+            found = self.read((item + offset) % len(self))
+            if found is not None:
+                return {**found, SKIPPED: torch.tensor(offset)}
         raise ValueError("data: at least one row must be usable, got none")
 
-    def _usable(self, index: int) -> bool:
-        """Whether the row has the right form and its images exist; cheap enough for every row."""
+    def read(self, item: int) -> dict[str, Tensor] | None:
+        """As `[item]`, but None where the row cannot be used and skipping is asked for."""
+        row = int(self.entries[item])
         try:
-            self._attempt(index, self._check)
-        except RowError:
+            return self._attempt(row, self.processor)
+        except RowError as error:
             if self.on_error == "raise":
                 raise
-            self.skipped += 1
-            return False
-        return True
+            _log.warning("data: skipped a row: %s", error)
+            return None
 
-    def _attempt(self, index: int, action: Callable[[int], Any]) -> Any:
+    def where(self, row: int) -> str:
+        """File and place in it of a row that is counted through all sources."""
+        number = int(np.searchsorted(self.starts, row, side="right")) - 1
+        rows = self.sources[number].rows
+        return (
+            rows.where(row - int(self.starts[number])) if isinstance(rows, Rows) else f"row {row}"
+        )
+
+    def _attempt(self, row: int, processor: Any) -> Any:
+        """Read the row; with a processor, open what it shows and encode it."""
         try:
-            return action(index)
-        except (ValueError, OSError, KeyError, TypeError) as error:
-            raise RowError(f"data: row {index} must be usable, got: {error}") from error
+            found, root = self._conversation(row)
+            return None if processor is None else self._encode(row, found, root)
+        except _ROW_ERRORS as error:
+            raise self._row_error(row, error if str(error) else repr(error)) from error
 
-    def _check(self, index: int) -> None:
-        row = self.rows[index]
-        to_messages(row)
-        for path in image_paths(row):
-            if not (self.root / path).is_file():
-                raise FileNotFoundError(f"no image {self.root / path}")
+    def _conversation(self, row: int) -> tuple[Conversation, Path]:
+        number = int(np.searchsorted(self.starts, row, side="right")) - 1
+        source = self.sources[number]
+        return read_conversation(source.rows[row - int(self.starts[number])]), Path(
+            source.image_root
+        )
 
-    def _encode(self, index: int) -> dict[str, Tensor]:
-        row = self.rows[index]
-        images = [_open(self.root / path) for path in image_paths(row)]
-        inputs = encode(self.processor, to_messages(row), images)
-        length = inputs["input_ids"].numel()
-        if self.max_length is not None and length > self.max_length:
-            raise ValueError(f"{length} tokens, max_length is {self.max_length}")
-        return {**inputs, "row_ids": torch.tensor(index)}
+    def _encode(self, row: int, found: Conversation, root: Path) -> dict[str, Tensor]:
+        inputs = encode(
+            self.processor,
+            found.messages,
+            [open_image(image, root) for image in found.images],
+            [open_video(video, root) for video in found.videos],
+            max_length=self.max_length,
+            truncate=self.truncate,
+        )
+        return {**inputs, "row_ids": torch.tensor(row)}
 
+    # What sampling and packing go by
 
-def image_paths(row: dict[str, Any]) -> list[str]:
-    """The row's images, in the order of its marks."""
-    images = row.get("image") or row.get("images") or []
-    return [images] if isinstance(images, str) else list(images)
+    @property
+    def lengths(self) -> np.ndarray:
+        """Estimated tokens of each item, int32 [n]; see `LengthModel`."""
+        if self._length_model is None:
+            self._length_model = LengthModel.fit(self)
+        every = [self._length_model(_facts(source)) for source in self.sources]
+        return np.concatenate(every)[self.entries]
 
+    def facts_of_items(self, items: np.ndarray) -> np.ndarray:
+        """`row_index.FACTS` of some items."""
+        rows = self.entries[items]
+        numbers = np.searchsorted(self.starts, rows, side="right") - 1
+        pairs = zip(numbers, rows - self.starts[numbers], strict=True)
+        return np.array([_facts(self.sources[number])[row] for number, row in pairs], FACTS)
 
-def to_messages(row: Any) -> list[dict[str, Any]]:
-    """The row's turns as chat messages; ValueError tells what is wrong with it."""
-    if not isinstance(row, dict) or not isinstance(row.get("conversations"), list):
-        raise ValueError("no list 'conversations'")
-    messages = [_message(turn) for turn in row["conversations"]]
-    roles = [message["role"] for message in messages]
-    turns = roles[1:] if roles[:1] == ["system"] else roles
-    if not turns or turns != ["user", "assistant"] * (len(turns) // 2):
-        raise ValueError(f"turns must alternate human and gpt and end with gpt, got {roles}")
-    marks = sum(part["type"] == "image" for message in messages for part in message["content"])
-    images = len(image_paths(row))
-    if marks == 0 and images:  # LLaVA's rule: images that no text mentions come first
-        first = messages[roles.index("user")]["content"]
-        first[:0] = [{"type": "image"}] * images
-    elif marks != images:
-        raise ValueError(f"{images} images for {marks} marks {IMAGE_MARK}")
-    return messages
+    def set_length_model(self, model: LengthModel) -> None:
+        """Take a model of lengths that another process fitted."""
+        self._length_model = model
 
-
-def _message(turn: Any) -> dict[str, Any]:
-    role = _ROLES.get(str(turn.get("from"))) if isinstance(turn, dict) else None
-    text = turn.get("value") if isinstance(turn, dict) else None
-    if role is None or not isinstance(text, str):
-        raise ValueError(f"a turn must have 'from' (human, gpt) and a text 'value', got {turn!r}")
-    if role == "assistant":
-        if not text.strip():
-            raise ValueError("an answer must not be empty")
-        return {"role": role, "content": [{"type": "text", "text": text.strip()}]}
-    parts: list[dict[str, str]] = []
-    for number, piece in enumerate(text.split(IMAGE_MARK)):
-        if number:
-            parts.append({"type": "image"})
-        if piece.strip():
-            parts.append({"type": "text", "text": piece.strip()})
-    return {"role": role, "content": parts}
+    @property
+    def fingerprint(self) -> str:
+        """What tells these items, in their order, from others."""
+        digest = hashlib.sha256(self.entries.tobytes())
+        for source in self.sources:
+            for name in ("text", "images", "videos", "turns"):
+                digest.update(np.ascontiguousarray(_facts(source)[name]).tobytes())
+        return digest.hexdigest()[:16]
 
 
-def _open(path: Path) -> Image.Image:
-    with Image.open(path) as image:
-        return image.convert("RGB")
+def _sources(rows: Any, image_root: str | Path) -> list[Source]:
+    given = list(rows) if isinstance(rows, list) and rows and isinstance(rows[0], Source) else None
+    sources = given or [Source(rows, image_root)]
+    for source in sources:
+        if not source.weight > 0:
+            raise ValueError(f"data: weight must be > 0, got {source.weight!r}")
+    return [
+        source
+        if isinstance(source.rows, Rows)
+        else Source(ListRows(source.rows), source.image_root, source.weight)
+        for source in sources
+    ]
 
 
-def encode(
-    processor: Any, messages: list[dict[str, Any]], images: Sequence[Image.Image]
-) -> dict[str, Tensor]:
-    """Inputs of the model and labels for one conversation: int64 [S] each, and the pixels."""
-    text, spans = render_turns(processor, messages)
-    inputs = processor(
-        text=[text],
-        images=list(images) or None,
-        return_tensors="pt",
-        return_offsets_mapping=True,
-        return_text_replacement_offsets=True,
-    )
-    offsets = inputs.pop("offset_mapping")[0].tolist()
-    replaced = inputs.pop("text_replacement_offsets", None)
-    ids = inputs["input_ids"][0]
-    labels = token_labels(ids, offsets, spans, replaced[0] if replaced else [])
-    by_token = {name: inputs[name][0] for name in inputs if inputs[name].shape[:2] == (1, len(ids))}
-    return {**inputs, **by_token, "labels": labels}
+def _facts(source: Source) -> np.ndarray:
+    return source.rows.facts  # type: ignore[union-attr]

@@ -1,20 +1,27 @@
 """Which tokens are answers, found from the chat template's own text.
 
-The template is rendered up to each answer (with its generation prompt) and through it: what lies
-between is the answer, the end-of-turn mark included. Characters are then mapped to tokens by the
-tokenizer's offsets, behind the processor's expansion of image marks. No token id is looked for, so
-a user who writes "ASSISTANT:" does not unmask his own words.
+A template that marks its answers with `{% generation %}` tells where they are. Any other is
+rendered up to each answer (with its generation prompt) and through it: what lies between is the
+answer, the end-of-turn mark included. Characters are then mapped to tokens by the tokenizer's
+offsets, behind the processor's expansion of image marks. No token id is looked for, so a user who
+writes "ASSISTANT:" does not unmask his own words.
+
+transformers' own `assistant_masks` come from the same marks, but up to 5.17 they are shifted by
+what the images expand to; here the marks are read before the expansion and moved along with it.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils.chat_template_utils import render_jinja_template
 
 IGNORE = -100
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 def render_turns(
@@ -29,6 +36,37 @@ def render_turns(
         ValueError: a template that renders a conversation other than turn after turn.
     """
     messages = list(messages)
+    template = processor.chat_template
+    if isinstance(template, str) and _GENERATION.search(template):
+        text, spans = _render_marked(processor, messages)
+    else:
+        text, spans = _render(processor, messages, prompt=False), _prefix_spans(processor, messages)
+    answers = sum(message["role"] == "assistant" for message in messages)
+    if len(spans) != answers:
+        raise ValueError(
+            f"the chat template must mark {answers} answers of a conversation, got {len(spans)}"
+        )
+    end = processor.tokenizer.eos_token or ""
+    if end and not text.rstrip().endswith(end):
+        text = text.rstrip() + end
+        spans[-1] = (spans[-1][0], len(text))
+    return text, spans
+
+
+def _render_marked(
+    processor: Any, messages: list[dict[str, Any]]
+) -> tuple[str, list[tuple[int, int]]]:
+    found: Any = render_jinja_template(
+        conversations=[messages],
+        chat_template=processor.chat_template,
+        return_assistant_tokens_mask=True,
+        **processor.tokenizer.special_tokens_map,
+    )
+    texts, spans = found
+    return texts[0], [(start, end) for start, end in spans[0] if start < end]
+
+
+def _prefix_spans(processor: Any, messages: list[dict[str, Any]]) -> list[tuple[int, int]]:
     spans = []
     for turn, message in enumerate(messages):
         if message["role"] == "assistant":
@@ -40,12 +78,7 @@ def render_turns(
                     f"{through[-80:]!r} for the prompt {before[-80:]!r}"
                 )
             spans.append((len(before), len(through)))
-    text = _render(processor, messages, prompt=False)
-    end = processor.tokenizer.eos_token or ""
-    if end and not text.rstrip().endswith(end):
-        text = text.rstrip() + end
-        spans[-1] = (spans[-1][0], len(text))
-    return text, spans
+    return spans
 
 
 def _render(processor: Any, messages: list[dict[str, Any]], *, prompt: bool) -> str:

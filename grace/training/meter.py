@@ -13,7 +13,7 @@ from grace.training.step import MicroBatch
 
 TERMS = ("ce", "distillation", "rcka")
 # What every micro-batch adds to the step's sums, one number each.
-SUMS = (*TERMS, "distillation_share", "dropped", "interrupted", "tokens")
+SUMS = (*TERMS, "distillation_share", "dropped", "interrupted", "tokens", "skipped")
 
 
 class Meter:
@@ -36,6 +36,7 @@ class Meter:
         parts = [values[name] * share_of(micro, name) if name in values else zero for name in TERMS]
         parts.append(micro.share.distillation if "distillation" in values else zero)
         parts += [zero, zero, zero + inputs["input_ids"].numel()]
+        parts.append(zero + inputs["skipped"].sum() if "skipped" in inputs else zero)
         self.sums += torch.stack([part.double() for part in parts])
 
     def take(self, interrupted: bool) -> Tensor:

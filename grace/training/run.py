@@ -1,7 +1,7 @@
 """A training run from a YAML file: `grace train config.yaml key=value …`.
 
     student: path or hub name         teacher: path or hub name
-    data: {path: rows.json, image_root: images, on_error: raise, max_length: null}
+    data: {path: rows.json, image_root: images, max_length: 2048}   … see `DataConfig`
     preset: paper                     output_dir: runs/name
     bits: 4                           … and any other field of GraceConfig
     quantization: {overrides: {"down_proj$": {bits: 8}}}    (what is quantized, under one heading)
@@ -35,6 +35,7 @@ from grace.checkpoint import Checkpoint
 from grace.training import memory
 from grace.training.callbacks import METRICS, read_metrics
 from grace.training.config import GraceConfig, check_keys, suggestion
+from grace.training.data_config import DataConfig, build_collator, build_dataset, parse_data
 from grace.training.files import publish, require_writable
 from grace.training.interrupt import Interrupted
 from grace.training.summary import lines, summarize, write_summary
@@ -43,16 +44,6 @@ from grace.training.teacher_cache import CachedTeacher, TeacherCache, origin
 _log = logging.getLogger(__name__)
 FINAL = "final"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Where training rows come from; see `ConversationDataset`."""
-
-    path: str
-    image_root: str | None = None
-    on_error: str = "raise"
-    max_length: int | None = None
 
 
 @dataclass(frozen=True)
@@ -117,7 +108,12 @@ def parse_config(options: dict[str, Any]) -> RunConfig:
         if not options.get(name):
             raise ValueError(f"train: {name} must be given, got {options.get(name)!r}")
     student, teacher = options.pop("student"), options.pop("teacher", None)
-    data, cache = _data_config(options.pop("data")), options.pop("teacher_cache", None)
+    data, cache = parse_data(options.pop("data")), options.pop("teacher_cache", None)
+    if cache and data.pack_length is not None:
+        raise ValueError(
+            "train: data.pack_length must be null with teacher_cache, whose rows are not packed, "
+            f"got {data.pack_length}"
+        )
     preset = options.pop("preset", "paper")
     options = flat_quantization(options)
     check_keys(options)
@@ -134,19 +130,6 @@ def parse_config(options: dict[str, Any]) -> RunConfig:
             f"train: teacher must be the directory that teacher_cache was made from, got {teacher}"
         )
     return RunConfig(student, data, training, teacher, cache, source)
-
-
-def _data_config(options: Any) -> DataConfig:
-    options = {"path": options} if isinstance(options, str) else options
-    known = [item.name for item in dataclasses.fields(DataConfig)]
-    if not isinstance(options, dict) or not options.get("path"):
-        raise ValueError(f"train: data must be a path or a mapping with a path, got {options!r}")
-    for key in options:
-        if key not in known:
-            raise ValueError(f"train: unknown option data.{key}{suggestion(key, known)}")
-    if not Path(options["path"]).is_file():
-        raise FileNotFoundError(f"train: data.path must be a file, got {options['path']}")
-    return DataConfig(**options)
 
 
 # Options that may stand under `quantization`, and the fields they are.
@@ -264,7 +247,6 @@ def _report(trainer: Any, output: Path, seconds: float) -> None:
 
 def build(config: RunConfig) -> Any:
     """The trainer of a run: data read, both models loaded, the student quantized."""
-    from grace.training.collator import Collator
     from grace.training.trainer import GraceTrainer
 
     dataset, processor = read_data(config)
@@ -275,12 +257,13 @@ def build(config: RunConfig) -> Any:
         teacher = CachedTeacher(dataset.head())
     elif config.training.needs_teacher:
         teacher = load_teacher(config)
+    student = _load(config.student, torch.float32)
     return GraceTrainer(
-        _load(config.student, torch.float32),
+        student,
         config.training,
         teacher,
         train_dataset=dataset,
-        data_collator=Collator(processor),
+        data_collator=build_collator(config.data, processor, student),
         processing_class=processor,
     )
 
@@ -289,16 +272,8 @@ def read_data(config: RunConfig) -> tuple[Any, Any]:
     """The dataset, and the student's processor."""
     from transformers import AutoProcessor
 
-    from grace.training.data import ConversationDataset, read_rows
-
-    data = config.data
-    rows = read_rows(data.path)
     processor = AutoProcessor.from_pretrained(config.student)
-    root = data.image_root or Path(data.path).parent
-    dataset = ConversationDataset(
-        rows, processor, root, on_error=data.on_error, max_length=data.max_length
-    )
-    return dataset, processor
+    return build_dataset(config.data, config.training, processor), processor
 
 
 def _load(name: str, dtype: torch.dtype) -> Any:
@@ -316,11 +291,11 @@ def load_teacher(config: RunConfig) -> Any:
 def cache_origin(config: RunConfig, processor: Any) -> dict[str, Any]:
     """What the run's teacher's cache must be made from."""
     return origin(
-        rows=Path(config.data.path),
+        rows=[Path(file.path) for file in config.data.files],
         processor=processor,
         teacher=Path(str(config.teacher)),
         layer=config.training.rcka_layer,
-        max_length=config.data.max_length,
+        max_length=config.data.longest,
     )
 
 

@@ -25,7 +25,7 @@ IGNORE = -100
 # A batch may bring the teacher's rows with it (made once, before training): nothing is run then.
 TEACHER_LAST, TEACHER_LAYER = "teacher_last", "teacher_layer"
 # What a batch carries beside the inputs of the model.
-EXTRA_KEYS = ("labels", "row_ids", TEACHER_LAST, TEACHER_LAYER)
+EXTRA_KEYS = ("labels", "row_ids", "skipped", TEACHER_LAST, TEACHER_LAYER)
 
 
 @dataclass(frozen=True)

@@ -42,9 +42,9 @@ _SHARD_ROWS = 256
 
 
 def origin(
-    *, rows: Path, processor: Any, teacher: Path, layer: int, max_length: int | None
+    *, rows: Sequence[Path], processor: Any, teacher: Path, layer: int, max_length: int | None
 ) -> dict[str, Any]:
-    """What a cache depends on, as JSON: hashes of the rows file, of the chat template with the
+    """What a cache depends on, as JSON: hashes of the files of rows, of the chat template with the
     tokenizer and of the teacher's config and weights' headers; the layer; the longest row."""
     template = processor.chat_template or ""
     tokenizer = processor.tokenizer.backend_tokenizer.to_str()
@@ -52,7 +52,7 @@ def origin(
     facts = [_file_hash(Path(teacher) / "config.json")]
     facts += [f"{path.name} {path.stat().st_size} {_weights_hash(path)}" for path in weights]
     return {
-        "rows": _file_hash(rows),
+        "rows": _hash("\n".join(_file_hash(path) for path in rows).encode()),
         "template": _hash(f"{json.dumps(template)}\n{tokenizer}".encode()),
         "teacher": _hash("\n".join(facts).encode()),
         "layer": layer,
@@ -115,7 +115,9 @@ def precompute(
     if not (folder / HEAD).is_file():
         _save({"head": whole_head(teacher.adapter.head)}, folder / HEAD)
     rows: dict[str, int] = index["rows"]
-    left = [item for item in range(len(dataset)) if str(dataset.indices[item]) not in rows]
+    # A weight above 1 gives a row several items: one of them is enough.
+    items_of = {int(row): item for item, row in reversed(list(enumerate(dataset.entries)))}
+    left = sorted(item for row, item in items_of.items() if str(row) not in rows)
     for number, start in enumerate(range(0, len(left), _SHARD_ROWS), index["shards"]):
         items = left[start : start + _SHARD_ROWS]
         tensors: dict[str, Tensor] = {}
@@ -127,7 +129,7 @@ def precompute(
         require_room(folder, 2 * size, "two more shards of the teacher's cache")
         _save(tensors, folder / _shard(number))
         # A row that turned out bad has another in its place, and is done as well.
-        rows.update({str(dataset.indices[item]): number for item in items})
+        rows.update({str(dataset.entries[item]): number for item in items})
         rows.update({name.partition(".")[0]: number for name in tensors})
         index["shards"] = number + 1
         write_whole(folder / INDEX, json.dumps(index))
@@ -209,7 +211,7 @@ class TeacherCache(Dataset):
             raise ValueError(f"teacher_cache: must be complete, got {folder}; run it to its end")
         self.dataset, self.folder, self.rows = dataset, folder, index["rows"]
         self._files: dict[int, Any] = {}
-        missing = [row for row in dataset.indices if str(row) not in self.rows]
+        missing = [row for row in dataset.entries if str(row) not in self.rows]
         if missing:
             raise ValueError(f"teacher_cache: {folder} must hold every row, got no {missing[0]}")
 
@@ -225,6 +227,21 @@ class TeacherCache(Dataset):
         name = f"{row}.layer"
         layer = shard.get_tensor(name) if name in shard.keys() else last[:0]  # noqa: SIM118
         return {**found, TEACHER_LAST: last, TEACHER_LAYER: layer}
+
+    @property
+    def lengths(self) -> Any:
+        """Tokens of each item, as the dataset estimates them."""
+        return self.dataset.lengths
+
+    @property
+    def fingerprint(self) -> str:
+        """The dataset's."""
+        return self.dataset.fingerprint
+
+    @property
+    def skipped(self) -> int:
+        """Rows that the dataset left out."""
+        return self.dataset.skipped
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_files": {}}  # open files do not travel to a loader's processes

@@ -24,6 +24,7 @@ from grace.training.meter import SUMS, Meter, share_of
 from grace.training.objective import rcka, token_terms
 from grace.training.optimizer import parameter_groups, use_fp32_masters
 from grace.training.progress import Progress
+from grace.training.sampler import EpochSetter, check_data_state, data_state, epoch_sampler
 from grace.training.step import MicroBatch, identity, model_inputs, plan
 from grace.training.teacher_placement import TeacherStream, place_teacher
 
@@ -93,13 +94,15 @@ class GraceTrainer(AtomicTrainer):
         self.teacher = self._place_teacher(teacher)
         self._stream = TeacherStream(self.args.device, args.teacher_stream)
         self.dropped_terms = 0
+        self.skipped_rows = getattr(self.train_dataset, "skipped", 0)
         self.longest_row = 0
         self._stopped_by = 0  # the signal that ended `train` early
         self._signals = StopSignals()
         self._meter = Meter(self.args.device)
+        self._order = EpochSetter()
         for replaced in (PrinterCallback, ProgressCallback):  # Progress does the work of both
             self.remove_callback(replaced)
-        for callback in (self._drift, MetricsWriter(), Progress()):
+        for callback in (self._drift, MetricsWriter(), Progress(), self._order):
             self.add_callback(callback)
         quantize_ahead(self.adapter.layers)
 
@@ -265,6 +268,7 @@ class GraceTrainer(AtomicTrainer):
         step = dict(zip(SUMS, sums.tolist(), strict=True))
         share = step.pop("distillation_share")
         self.dropped_terms += int(step.pop("dropped"))
+        self.skipped_rows += int(step.pop("skipped"))
         if step.pop("interrupted") > 0:
             self._stop()
         if share > 0:
@@ -278,6 +282,14 @@ class GraceTrainer(AtomicTrainer):
         self._stopped_by = self._signals.received or signal.SIGTERM
         self.control.should_save = True
         self.control.should_training_stop = True
+
+    # Order of the data
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """An order that is a function of seed and epoch, the same on every rank."""
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        self._order.sampler = epoch_sampler(dataset, self.args)
+        return self._order.sampler or super()._get_train_sampler(train_dataset)
 
     # Optimizer and logs
 
@@ -314,25 +326,30 @@ class GraceTrainer(AtomicTrainer):
         else:
             logs["omega"] = self.args.omega_at(max(0, self.state.global_step - 1))
         logs["dropped_terms"] = self.dropped_terms
+        logs["skipped_rows"] = self.skipped_rows
         reduce = self._sum_over_ranks if self.args.world_size > 1 else identity
         return {**logs, **self._drift.rates(reduce)}
 
     # State beside weights and optimizer
 
     def training_state(self) -> dict[str, Any]:
-        """What a checkpoint holds of the run itself: the controller, counters, and the steps that
-        the next log averages over."""
+        """What a checkpoint holds of the run itself: the controller, counters, the steps that the
+        next log averages over, which data."""
         return {
             "controller": self.controller.state_dict(),
             "dropped_terms": self.dropped_terms,
+            "skipped_rows": self.skipped_rows,
             "steps": self._meter.steps,
+            "data": data_state(self.train_dataset, self.args),
         }
 
     def load_training_state(self, state: Mapping[str, Any]) -> None:
         """Continue from what `training_state` gave."""
         self.controller.load_state_dict(state["controller"])
         self.dropped_terms = state["dropped_terms"]
+        self.skipped_rows = state.get("skipped_rows", self.skipped_rows)
         self._meter.steps = list(state.get("steps", ()))
+        check_data_state(state.get("data"), data_state(self.train_dataset, self.args), self.args)
 
 
 def _set_use_cache(config: Any, value: bool | None) -> None:

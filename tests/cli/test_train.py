@@ -95,7 +95,7 @@ def test_a_run_is_not_written_over_but_resumed(
         ("teacher=", "teacher must be given"),
         ("student=./absent", "absent must be a directory, got nothing"),
         ("data.path=absent.json", "data.path must be a file, got absent.json"),
-        ("data.image_root=absent", "data: row 0 must be usable"),
+        ("data.image_root=absent", "train.json, row 0 must be usable"),
         ("data.on_error=ignore", "on_error must be one of"),
         ("data.max_length=4", "max_length is 4"),
         ("nonsense", "override must be key=value, got 'nonsense'"),
