@@ -97,7 +97,7 @@ class Step:
             return self.gradient(lambda: self.trainer.compute_loss(self.model, dict(self.batch)))
         finally:
             release(self.trainer.adapter.layers)
-            self.trainer._meter.take()
+            self.trainer._meter.take(interrupted=False)
 
     def theirs(self) -> Tensor:
         """The authors' step."""
@@ -138,7 +138,7 @@ class Step:
             return phases(steps, self.device)
         finally:
             self._clear()
-            self.trainer._meter.take()
+            self.trainer._meter.take(interrupted=False)
 
 
 def shortage(student: ModelSize, teacher: ModelSize, shape: Shape, masters: torch.dtype) -> str:

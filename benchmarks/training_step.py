@@ -151,7 +151,7 @@ class Authors:
         rows = (logits.index_select(0, self.valid) for logits in (student, teacher))
         distilled = distillation.eager(*rows, self.targets)
         images = (hidden.index_select(0, self.visual) for hidden in (learned, taught))
-        aligned = 1 - bench_cka.eager(*images, self.lengths)
+        aligned = 1 - bench_cka.each(bench_cka.one_image, self.lengths)(*images)
         return cross_entropy + distilled + aligned.mean()
 
     def _run(self, model: nn.Module) -> tuple[Tensor, Tensor]:
