@@ -39,6 +39,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 DISTILLATIONS = ("gdkd", "kd", "none")
 SCALE_DTYPES = ("bfloat16", "float16", "float32", None)
 SCALE_INITS = ("mse", "p99", "absmax")
+ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 
 
 @dataclass
@@ -75,6 +76,10 @@ class GraceConfig(TrainingArguments):
         },
     )
     freeze_vision: bool = field(default=True, metadata={"help": "Keep the vision tower as it is."})
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={"help": "Attention of both models, as transformers names it; None: its choice."},
+    )
 
     # Distillation
     distillation: str = field(
@@ -267,6 +272,9 @@ def _check(config: GraceConfig) -> None:
         ("distillation", DISTILLATIONS),
     ):
         _require(config, name, getattr(config, name) in allowed, f"be one of {allowed}")
+    attention = config.attn_implementation
+    fits = attention is None or attention in ATTENTIONS
+    _require(config, "attn_implementation", fits, f"be None or one of {ATTENTIONS}")
     for name in ("scale_lr_ratio", "temperature", "beta_init", "beta_max"):
         _require(config, name, getattr(config, name) > 0, "be > 0")
     _require(config, "chunk_size", config.chunk_size is None or config.chunk_size > 0, "be > 0")

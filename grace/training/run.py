@@ -257,7 +257,7 @@ def build(config: RunConfig) -> Any:
         teacher = CachedTeacher(dataset.head())
     elif config.training.needs_teacher:
         teacher = load_teacher(config)
-    student = _load(config.student, torch.float32)
+    student = _load(config, config.student, torch.float32)
     return GraceTrainer(
         student,
         config.training,
@@ -276,16 +276,18 @@ def read_data(config: RunConfig) -> tuple[Any, Any]:
     return build_dataset(config.data, config.training, processor), processor
 
 
-def _load(name: str, dtype: torch.dtype) -> Any:
+def _load(config: RunConfig, name: str, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForImageTextToText
 
-    return AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
+    attention = config.training.attn_implementation
+    options = {} if attention is None else {"attn_implementation": attention}
+    return AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, **options)
 
 
 def load_teacher(config: RunConfig) -> Any:
     """The teacher: in bf16 on a GPU, in fp32 on a CPU."""
     on_gpu = config.training.device.type == "cuda"
-    return _load(str(config.teacher), torch.bfloat16 if on_gpu else torch.float32)
+    return _load(config, str(config.teacher), torch.bfloat16 if on_gpu else torch.float32)
 
 
 def cache_origin(config: RunConfig, processor: Any) -> dict[str, Any]:

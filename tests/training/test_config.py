@@ -38,6 +38,8 @@ def test_omega_rises_linearly_and_stays(tmp_path: Any) -> None:
         ({"beta_init": 7.0}, r"beta_init must lie in \[0.1, 5.0\], got 7.0"),
         ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, "use_reentrant"),
         ({"scale_dtype": "int8"}, "scale_dtype must be one of"),
+        ({"attn_implementation": "flash"}, "attn_implementation must be None or one of .*'flash'"),
+        ({"chunk_size": 64, "keep_logits": True}, "chunk_size must be None with keep_logits"),
         ({"overrides": ["x"]}, r"overrides must map regexes to options, got \['x'\]"),
         ({"overrides": {"(": None}}, "must have a regex as its key"),
         ({"overrides": {"x": 8}}, r"overrides\['x'\] must be null or options, got 8"),

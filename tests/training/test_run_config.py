@@ -9,7 +9,7 @@ import pytest
 import yaml
 from tiny_checkpoints import save_models
 
-from grace.training.run import RunConfig, read_config
+from grace.training.run import RunConfig, load_teacher, read_config
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +47,13 @@ def test_quantization_under_one_heading(root: Path) -> None:
 def test_a_run_without_quantization(root: Path) -> None:
     assert _read(root, quantization=False).training.quantization is False
     assert _read(root, quantization={"enabled": False}).training.quantization is False
+
+
+@pytest.mark.parametrize(("given", "found"), [("eager", "eager"), (None, "sdpa")])
+def test_attention(root: Path, given: str | None, found: str) -> None:
+    teacher = load_teacher(_read(root, attn_implementation=given))
+    assert teacher.config._attn_implementation == found
+    assert teacher.config.text_config._attn_implementation == found
 
 
 @pytest.mark.parametrize("override", ["quantization.bits=3", "bits=3"])
