@@ -45,7 +45,7 @@ def load_model(
 def require_checkpoint(name: str) -> None:
     """Raise FileNotFoundError or ValueError unless `name` is a whole checkpoint, or a hub name."""
     from grace.checkpoint import Checkpoint
-    from grace.training.run import is_hub_name
+    from grace.training.run_config import is_hub_name
 
     if Path(name).exists() or not is_hub_name(name):
         Checkpoint(name)

@@ -19,7 +19,7 @@ def precompute_teacher(
     Training then takes `teacher_cache=OUT` in place of the teacher. Goes on where it was stopped.
     """
     from grace.training.precompute import precompute_teacher as precompute
-    from grace.training.run import read_config
+    from grace.training.run_config import read_config
 
     folder = precompute(read_config(config, overrides or ()), out, batch_size=batch_size)
     typer.echo(

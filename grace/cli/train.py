@@ -34,7 +34,8 @@ def train(
         return
 
     from grace.training.interrupt import Interrupted
-    from grace.training.run import read_config, run
+    from grace.training.run import run
+    from grace.training.run_config import read_config
 
     try:
         final = run(read_config(config, overrides or ()))

@@ -10,7 +10,8 @@ from tqdm.auto import tqdm
 from grace.training import memory
 from grace.training.collator import Collator
 from grace.training.files import require_writable
-from grace.training.run import RunConfig, cache_origin, load_teacher, read_data
+from grace.training.run import cache_origin, load_teacher, read_data
+from grace.training.run_config import RunConfig
 from grace.training.teacher_cache import precompute
 from grace.training.teacher_placement import place_teacher
 

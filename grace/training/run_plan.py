@@ -10,7 +10,7 @@ from typing import Any
 from grace.training.config import GraceConfig, check_keys
 from grace.training.memory_plan import Load, estimate
 from grace.training.model_sizes import ModelSize, empty_model, read_config, size_of
-from grace.training.run import as_numbers, flat_quantization, read_options
+from grace.training.run_config import as_numbers, flat_quantization, read_options
 
 TOKENS = 2048  # of a row where neither the command nor data.max_length says
 
@@ -42,8 +42,8 @@ def read_plan_config(path: str | Path, overrides: Sequence[str] = ()) -> PlanCon
     """From a run's YAML, of which neither data nor weights need exist.
 
     Raises:
-        ValueError, FileNotFoundError: as `grace.training.run.read_config` for the file, its keys
-            and their values.
+        ValueError, FileNotFoundError: as `grace.training.run_config.read_config` for the file, its
+            keys and their values.
     """
     options = read_options(path, overrides)
     student, teacher = options.pop("student", None), options.pop("teacher", None)

@@ -21,12 +21,12 @@ from grace.training.config import GraceConfig
 from grace.training.drift import CodeDrift
 from grace.training.interrupt import Interrupted, StopSignals
 from grace.training.meter import SUMS, Meter, share_of
-from grace.training.objective import rcka, token_terms
 from grace.training.optimizer import parameter_groups, use_fp32_masters
 from grace.training.progress import Progress
 from grace.training.sampler import EpochSetter, check_data_state, data_state, epoch_sampler
 from grace.training.step import MicroBatch, identity, model_inputs, plan
 from grace.training.teacher_placement import TeacherStream, place_teacher
+from grace.training.terms import drop_nonfinite, loss_terms
 
 _MICRO = "grace_micro_batch"  # key under which a batch carries its MicroBatch
 
@@ -163,8 +163,12 @@ class GraceTrainer(AtomicTrainer):
         micro = inputs.pop(_MICRO, None) or self._plan([inputs])[0]
         states, outputs = self._student(model, inputs)
         self._stream.join(micro)
-        terms = self._terms(states, micro)
-        values = self._drop_nonfinite(terms, states, micro, inputs)
+        terms = loss_terms(self.args, states, micro)
+        dropped = drop_nonfinite(terms, self.args, states, micro)
+        if dropped and not terms["ce"].isfinite():
+            raise FloatingPointError(self._nonfinite_message(terms["ce"], inputs))
+        self._meter.dropped += len([name for name in dropped if name != "ce"])
+        values = {name: term.detach() for name, term in terms.items()}
         weights = {
             "ce": 1.0,
             "distillation": self.controller.beta,
@@ -192,53 +196,6 @@ class GraceTrainer(AtomicTrainer):
         if self.teacher is None or not self.teacher.distils:
             return None
         return whole_head(self.teacher.adapter.head)
-
-    def _terms(self, states: HiddenStates, micro: MicroBatch) -> dict[str, Tensor]:
-        """The terms of the loss that are switched on, averaged within the micro-batch."""
-        terms = self._token_terms(states, micro)
-        aligned = None if micro.teacher is None else micro.teacher.layer
-        if micro.visual is not None and aligned is not None:
-            # As everything else is multiplied in training: float32 rows would miss tensor cores.
-            rows = states.rows("layer", micro.visual.index)
-            rows = rows.to(torch.bfloat16) if self.args.bf16 else rows
-            bounds, least = micro.visual.cu_seqlens, self.args.rcka_min_tokens
-            terms["rcka"] = rcka(rows, aligned.to(rows.dtype), bounds, least)
-        return terms
-
-    def _token_terms(
-        self, states: HiddenStates, micro: MicroBatch, distil: bool = True
-    ) -> dict[str, Tensor]:
-        head, teacher_head = states.heads
-        teacher = None
-        if distil and teacher_head is not None and micro.teacher is not None:
-            teacher = micro.teacher.last, teacher_head
-        hidden = states.rows("last", micro.index)
-        return token_terms(self.args, hidden, head, micro.targets, teacher)
-
-    def _drop_nonfinite(
-        self,
-        terms: dict[str, Tensor],
-        states: HiddenStates,
-        micro: MicroBatch,
-        inputs: Mapping[str, Any],
-    ) -> dict[str, Tensor]:
-        """Take terms that are not finite out of `terms`; returns the values of what is left.
-
-        A dropped term must leave the graph, not be multiplied by zero: 0 · NaN is NaN in its
-        gradient. Cross-entropy shares an op with the gated term, so it is then computed alone.
-        """
-        names = list(terms)
-        finite = torch.stack([terms[name].detach().isfinite() for name in names]).tolist()
-        bad = [name for name, good in zip(names, finite, strict=True) if not good]
-        for name in bad:
-            if name != "ce":
-                del terms[name]
-        if "distillation" in bad:
-            terms.update(self._token_terms(states, micro, distil=False))
-        if bad and not terms["ce"].isfinite():
-            raise FloatingPointError(self._nonfinite_message(terms["ce"], inputs))
-        self._meter.dropped += len([name for name in bad if name != "ce"])
-        return {name: term.detach() for name, term in terms.items()}
 
     def _nonfinite_message(self, ce: Tensor, inputs: Mapping[str, Any]) -> str:
         rows = inputs.get("row_ids")

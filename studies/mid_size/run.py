@@ -36,7 +36,8 @@ from grace.export import export
 from grace.nn import PackedLinear
 from grace.quantization import quantize
 from grace.training.files import write_whole
-from grace.training.run import parse_config, run
+from grace.training.run import run
+from grace.training.run_config import parse_config
 
 RESULT = "mid_size.json"
 ARMS = ("student", "rtn", "grace")

@@ -374,9 +374,10 @@ def test_any_shape(lengths, ds, dt):
     assert gradient(*case).isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("lengths", [[], [0], [0, 0]])
-def test_no_rows(kernels: Kernels, lengths):
-    case = make_case(lengths)
+def test_no_rows(kernels: Kernels, lengths, dtype):
+    case = make_case(lengths, dtype=dtype)
     value, _, grad = run(kernels, case)
     assert value.tolist() == [1.0] * len(lengths)
     assert list(grad.shape) == [0, 20]

@@ -9,7 +9,8 @@ import pytest
 import yaml
 from tiny_checkpoints import save_models
 
-from grace.training.run import RunConfig, load_teacher, read_config
+from grace.training.run import load_teacher
+from grace.training.run_config import RunConfig, read_config
 
 
 @pytest.fixture(scope="module")

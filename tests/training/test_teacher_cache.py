@@ -16,7 +16,8 @@ from grace.evaluation import tiny
 from grace.training import teacher_cache
 from grace.training.callbacks import read_metrics
 from grace.training.precompute import precompute_teacher
-from grace.training.run import parse_config, run
+from grace.training.run import run
+from grace.training.run_config import parse_config
 from grace.training.teacher_cache import CachedTeacherRows
 
 
