@@ -116,7 +116,7 @@ def test_out_of_memory_says_what_to_lower(
     def no_memory(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr(trainer, "_terms", no_memory)
+    monkeypatch.setattr("grace.training.trainer.loss_terms", no_memory)
     with pytest.raises(OutOfMemory, match="must hold step 1, got: CUDA out of memory") as told:
         trainer.train()
     for name in ("per_device_train_batch_size (now 4", "data.max_length (longest row so far"):
