@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks import results
+from benchmarks import profile_kernels, results
 from benchmarks.plot_dequant_gemm import absences, markdown
 
 OPS = (
@@ -278,8 +278,14 @@ def _contents(op: str) -> dict[str, Any]:
     return {path.parent.name: json.loads(path.read_text()) for path in gpus}
 
 
-def section(page: Page, gpu: str, fused: Mapping[str, Any] | None = None) -> str:
-    """All about one GPU; ``fused``: its results of gated_dkd, for what is made of it."""
+def section(
+    page: Page,
+    gpu: str,
+    fused: Mapping[str, Any] | None = None,
+    kernels: Mapping[str, Any] | None = None,
+) -> str:
+    """All about one GPU; ``fused``: its results of gated_dkd, for what is made of it; ``kernels``:
+    the op's profile."""
     content = page.contents[gpu]
     every, facts = points(content), content["environment"]
     head = (
@@ -302,6 +308,12 @@ def section(page: Page, gpu: str, fused: Mapping[str, Any] | None = None) -> str
     if any(point.memory for point in every):
         parts += ["Memory of a call at its peak, its results included, MiB:"]
         parts += [side_table(every, lambda point: point.memory)]
+    if kernels is not None:
+        commit = kernels["environment"]["commit"][:12]
+        parts += [
+            f"Kernels of grace, each alone, µs a call (launches, if not one); commit {commit}:"
+        ]
+        parts += [profile_kernels.table(kernels)]
     if left_out := absences(content):
         parts.append("Not timed:\n\n" + "\n".join(left_out))
     return "\n\n".join(parts)
@@ -314,7 +326,8 @@ def _footnote(every: Iterable[Point]) -> str:
 def measured(page: Page) -> str:
     """What stands between the markers."""
     fused = _contents("gated_dkd") if page.op == "linear_gated_dkd" else {}
-    sections = [section(page, gpu, fused.get(gpu)) for gpu in page.contents]
+    kernels = _contents(f"{page.op}_kernels")
+    sections = [section(page, gpu, fused.get(gpu), kernels.get(gpu)) for gpu in page.contents]
     return "\n\n".join(sections) or "No result of a GPU is committed yet."
 
 
