@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -217,10 +218,17 @@ def test_verify_finds_every_difference(format: str, tmp_path: Path):
     )
 
 
-@pytest.fixture(params=["awq", "gptq", "compressed-tensors"])
-def exported(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    grace.export(quantized(), tmp_path / "src", request.param)
-    return tmp_path / "src"
+@pytest.fixture(scope="module", params=["awq", "gptq", "compressed-tensors"])
+def original(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("exported") / "src"
+    grace.export(quantized(), directory, request.param)
+    return directory
+
+
+@pytest.fixture
+def exported(original: Path, tmp_path: Path) -> Path:
+    """A checkpoint of each format, to be damaged."""
+    return shutil.copytree(original, tmp_path / "src")
 
 
 def set_config(directory: Path, **change: Any) -> None:
