@@ -25,7 +25,7 @@ from grace.stored import read as read_by_shifts
 _FOREIGN = ("awq", "gptq")  # methods whose checkpoints transformers loads by other packages
 
 
-def import_checkpoint(
+def import_published(
     src: str | os.PathLike[str],
     dst: str | os.PathLike[str],
     *,
@@ -76,7 +76,7 @@ def readable(directory: str | os.PathLike[str]) -> Iterator[Path]:
     """``directory``, or, of a format that only other packages load, an imported copy for a while.
 
     Raises:
-        As `import_checkpoint`.
+        As `import_published`.
     """
     checkpoint = Checkpoint(directory)
     config = checkpoint.config.get("quantization_config") or {}
@@ -87,7 +87,7 @@ def readable(directory: str | os.PathLike[str]) -> Iterator[Path]:
     parent = checkpoint.directory.resolve().parent
     beside = parent if os.access(parent, os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix=".grace-", dir=beside) as temporary:
-        import_checkpoint(checkpoint.directory, Path(temporary) / "imported")
+        import_published(checkpoint.directory, Path(temporary) / "imported")
         yield Path(temporary) / "imported"
 
 

@@ -23,7 +23,7 @@ import grace
 from grace import shards
 from grace.checkpoint import Checkpoint
 from grace.cli import main
-from grace.importing import import_checkpoint
+from grace.importing import import_published
 from grace.nn import FakeQuantLinear, PackedLinear
 
 CASES = [
@@ -82,7 +82,7 @@ def test_there_and_back(format: str, name: str, bits: int, group_size: int, tmp_
     certificate = grace.export(model, out, format, max_shard_size="60KB")
     assert certificate.ok
     assert certificate.quantized_layers == 14
-    imported = import_checkpoint(out, back, max_shard_size="60KB")
+    imported = import_published(out, back, max_shard_size="60KB")
     assert imported.quantized_layers == 14
     assert imported.codes == certificate.codes
     assert "model.safetensors.index.json" in listing(out) & listing(back)
@@ -333,21 +333,21 @@ def test_asymmetric_and_act_ordered_ones_are_refused(exported: Path, tmp_path: P
         rewritten(exported, flip(f"{Q_PROJ}.qzeros", 0))
         message = r"zero points of .*q_proj must all be \d \(symmetric\), got others"
     with pytest.raises(ValueError, match=message):
-        import_checkpoint(exported, tmp_path / "out")
+        import_published(exported, tmp_path / "out")
     assert listing(tmp_path) == {"src"}
 
 
 def test_companions_come_along_and_targets_are_respected(exported: Path, tmp_path: Path):
     (exported / "chat_template.jinja").write_text("{{ messages }}")
     (exported / "tokenizer_config.json").write_text("{}")
-    import_checkpoint(exported, tmp_path / "out")
+    import_published(exported, tmp_path / "out")
     expected = {"chat_template.jinja", "tokenizer_config.json", "generation_config.json"}
     assert expected < listing(tmp_path / "out")
     with pytest.raises(ValueError, match="dst must be empty"):
-        import_checkpoint(exported, tmp_path / "out")
+        import_published(exported, tmp_path / "out")
     with pytest.raises(ValueError, match="dst must not hold src"):
-        import_checkpoint(exported, exported, overwrite=True)
-    assert import_checkpoint(exported, tmp_path / "out", overwrite=True).ok
+        import_published(exported, exported, overwrite=True)
+    assert import_published(exported, tmp_path / "out", overwrite=True).ok
 
 
 def released(model: Any, directory: Path) -> dict[str, tuple[Tensor, Tensor]]:
@@ -375,7 +375,7 @@ def released(model: Any, directory: Path) -> dict[str, tuple[Tensor, Tensor]]:
 def test_released_weights_on_a_grid(tmp_path: Path):
     source, out = tmp_path / "src", tmp_path / "out"
     expected = released(quantized("qwen3_vl", scale_dtype=None), source)
-    assert import_checkpoint(source, out).quantized_layers == 14
+    assert import_published(source, out).quantized_layers == 14
     layers = layers_of(out)
     assert layers.keys() == expected.keys()
     for name, (codes, scales) in expected.items():
@@ -385,7 +385,7 @@ def test_released_weights_on_a_grid(tmp_path: Path):
     grid[f"{name}.log_scale"] += 0.01
     torch.save(grid, source / "qat_quantized_weights.bin")
     with pytest.raises(ValueError, match=rf"{name}.weight must lie on its log_scale's grid"):
-        import_checkpoint(source, tmp_path / "other")
+        import_published(source, tmp_path / "other")
     assert listing(tmp_path) == {"src", "out"}
 
 
@@ -399,10 +399,10 @@ def test_a_pickle_that_runs_code_is_not_run(tmp_path: Path, monkeypatch: pytest.
     released(quantized(scale_dtype=None), tmp_path / "src")
     torch.save({"a.log_scale": _Evil()}, tmp_path / "src" / "qat_quantized_weights.bin")
     with pytest.raises(ValueError, match=r"qat_quantized_weights.bin must hold tensors alone"):
-        import_checkpoint(tmp_path / "src", tmp_path / "out")
+        import_published(tmp_path / "src", tmp_path / "out")
     (tmp_path / "src" / "qat_quantized_weights.bin").write_bytes(pickle.dumps(_Evil()))
     with pytest.raises(ValueError, match=r"qat_quantized_weights.bin must hold tensors alone"):
-        import_checkpoint(tmp_path / "src", tmp_path / "out")
+        import_published(tmp_path / "src", tmp_path / "out")
     assert listing(tmp_path) == {"src"}
 
 
@@ -417,11 +417,11 @@ def test_released_awq(tmp_path: Path):
     names = list(layers_of(source))
     listed = {"bits": 4, "group_size": 32, "modules": names}
     (source / "awq_quantized_modules.json").write_text(json.dumps(listed))
-    assert import_checkpoint(source, tmp_path / "out").quantized_layers == 14
+    assert import_published(source, tmp_path / "out").quantized_layers == 14
     assert "awq_packing" not in json.loads((tmp_path / "out" / "config.json").read_text())
     assert grace.export.verify(tmp_path / "out", model).ok
     listed["modules"] = names[1:]
     (source / "awq_quantized_modules.json").write_text(json.dumps(listed))
     with pytest.raises(ValueError, match="must list the quantized linears of the checkpoint"):
-        import_checkpoint(source, tmp_path / "other")
+        import_published(source, tmp_path / "other")
     assert listing(tmp_path) == {"src", "out"}

@@ -15,9 +15,9 @@ def import_(
     ] = False,
 ) -> None:
     """Make a packed checkpoint of a symmetric compressed-tensors, AWQ or GPTQ one, bit for bit."""
-    from grace.importing import import_checkpoint
+    from grace.importing import import_published
 
-    certificate = import_checkpoint(
+    certificate = import_published(
         source, target, max_shard_size=max_shard_size, overwrite=overwrite
     )
     typer.echo(f"{target}: {certificate.summary()}")
