@@ -13,8 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grace import original_llava
 from grace.certificate import Certificate, start
-from grace.checkpoint import PICKLES, Checkpoint, check_target, copy_companions, written_whole
+from grace.checkpoint import (
+    PICKLES,
+    Checkpoint,
+    check_target,
+    copy_companions,
+    read_json,
+    written_whole,
+)
 from grace.formats import compressed_tensors
 from grace.formats.compressed_tensors_config import make_config
 from grace.shards import ShardWriter
@@ -64,6 +72,7 @@ def import_published(
     with written_whole(target, overwrite) as partial:
         plan.write(partial, max_shard_size)
         copy_companions(directory, partial)
+        plan.write_generation(partial)
         certificate = plan.compare(Checkpoint(partial))
         if not certificate.ok:
             raise RuntimeError(f"import: dst differs from src: {certificate.differences[0]}")
@@ -96,8 +105,16 @@ class _Plan:
 
     def __init__(self, source: Source) -> None:
         self.source, self.checkpoint = source, source.checkpoint
-        skeleton = Skeleton(self.checkpoint.config)
-        self.names = {stem: skeleton.name_of(f"{stem}.weight")[:-7] for stem in source.stems}
+        before = self.checkpoint.config
+        self.original = original_llava.is_original(before)
+        self.model_config = (
+            original_llava.convert_config(before, self.checkpoint.tensors)
+            if self.original
+            else {key: value for key, value in before.items() if key != "awq_packing"}
+        )
+        skeleton = Skeleton(self.model_config)
+        names = {stem: skeleton.name_of(self._renamed(f"{stem}.weight")) for stem in source.stems}
+        self.names = {stem: name.removesuffix(".weight") for stem, name in names.items()}
         if not self.names:
             raise ValueError("import: src must hold quantized linears, got none")
         for stem, name in self.names.items():
@@ -105,13 +122,15 @@ class _Plan:
         parts = {f"{stem}.{part}" for stem in self.names for part in source.parts}
         self.dense = [name for name in self.checkpoint.tensors if name not in parts]
         self.schemes = {stem: source.scheme(stem, name) for stem, name in self.names.items()}
-        self.shapes = {}
+        self.shapes: dict[str, tuple[int, int]] = {}
         for stem, name in self.names.items():
             linear = skeleton.linear(name, stem)
             self.shapes[stem] = (linear.out_features, linear.in_features)
-        have = [skeleton.name_of(name) for name in self.dense]
-        have += [f"{name}.weight" for name in self.names.values()]
-        skeleton.check_complete(have, self.checkpoint)
+        found: dict[str, tuple[int, ...]] = {}
+        found |= {f"{name}.weight": self.shapes[stem] for stem, name in self.names.items()}
+        for name in self.dense:
+            found[skeleton.name_of(self._renamed(name))] = self._written_shape(name)
+        skeleton.check_complete(found)
         quantized = {name: self.schemes[stem] for stem, name in self.names.items()}
         self.config = make_config(quantized, skeleton.other_linears(quantized))
 
@@ -120,18 +139,25 @@ class _Plan:
         dtype = self._scale_dtype()
         writer = ShardWriter(directory, max_shard_size)
         for name in self.dense:
-            writer.add(name, self.checkpoint.tensors_of([name])[name])
+            writer.add(self._renamed(name), self._dense(self.checkpoint, name))
         for stem in self.names:
             codes, scales = self._read(stem)
             if dtype is not None:
                 scales = scales.to(dtype)
             encoded = compressed_tensors.encode(codes, scales, self.schemes[stem].bits)
             for part, tensor in encoded.items():
-                writer.add(f"{stem}.{part}", tensor)
+                writer.add(self._renamed(f"{stem}.{part}"), tensor)
         writer.finish()
-        kept = {key: v for key, v in self.checkpoint.config.items() if key != "awq_packing"}
-        text = json.dumps({**kept, "quantization_config": self.config}, indent=2) + "\n"
-        (directory / "config.json").write_text(text, encoding="utf-8")
+        config = {**self.model_config, "quantization_config": self.config}
+        _write_json(directory / "config.json", config)
+
+    def write_generation(self, directory: Path) -> None:
+        """Keeps generation from the rows that a vocabulary was padded with, where one was."""
+        if self.original:
+            file = directory / "generation_config.json"
+            before = read_json(file) if file.exists() else {}
+            none = original_llava.suppressed(self.checkpoint.config, self.model_config)
+            _write_json(file, {**before, "suppress_tokens": none})
 
     @torch.no_grad()
     def compare(self, written: Checkpoint) -> Certificate:
@@ -139,8 +165,9 @@ class _Plan:
         certificate = start(written)
         for name in self.dense:
             certificate.other_tensors += 1
-            ours, theirs = (c.tensors_of([name]).get(name) for c in (written, self.checkpoint))
-            if ours is None or theirs is None or not _same(ours, theirs):
+            own = self._renamed(name)
+            ours = written.tensors_of([own]).get(own)
+            if ours is None or not _same(ours, self._dense(self.checkpoint, name)):
                 certificate.differences.append(f"{name}: values differ")
         for stem, shape in self.shapes.items():
             certificate.quantized_layers += 1
@@ -152,7 +179,9 @@ class _Plan:
     def _same_layer(self, written: Checkpoint, stem: str) -> bool:
         bits, shape = self.schemes[stem].bits, self.shapes[stem]
         parts = ("weight_packed", "weight_scale", "weight_shape")
-        stored = {p: t for p in parts for t in written.tensors_of([f"{stem}.{p}"]).values()}
+        names = {part: self._renamed(f"{stem}.{part}") for part in parts}
+        tensors = written.tensors_of(names.values())
+        stored = {part: tensors[name] for part, name in names.items()}
         ours = read_by_shifts("compressed-tensors", stored, bits, shape)
         if self.source.method is None:
             theirs = self._read(stem)
@@ -162,6 +191,22 @@ class _Plan:
             theirs = read_by_shifts(self.source.method, found, bits, shape, zero)[:2]
         equal = torch.equal(ours.codes, theirs[0].long())
         return equal and torch.equal(ours.scales.double(), theirs[1].double()) and not ours.faults
+
+    def _renamed(self, name: str) -> str:
+        return original_llava.rename(name) if self.original else name
+
+    def _dense(self, checkpoint: Checkpoint, name: str) -> Tensor:
+        tensor = checkpoint.tensors_of([name])[name]
+        if not self.original:
+            return tensor
+        rows = self.model_config["text_config"]["vocab_size"]
+        return original_llava.pad_rows(self._renamed(name), tensor, rows)
+
+    def _written_shape(self, name: str) -> tuple[int, ...]:
+        shape = self.checkpoint.tensors[name].shape
+        if self.original and self._renamed(name) in original_llava.PADDED:
+            return (self.model_config["text_config"]["vocab_size"], *shape[1:])
+        return shape
 
     def _read(self, stem: str) -> tuple[Tensor, Tensor]:
         codes, scales = self.source.read(stem, self.names[stem])
@@ -186,6 +231,10 @@ class _Plan:
                 if not torch.equal(scales.to(torch.bfloat16).double(), scales.double()):
                     return None
         return torch.bfloat16
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _dtype_of(config: dict[str, Any]) -> str:

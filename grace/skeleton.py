@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
-
-from grace.checkpoint import Checkpoint
 
 _BAD_CONFIG = (ArithmeticError, AttributeError, ImportError, LookupError, RuntimeError, TypeError)
 
@@ -28,13 +26,16 @@ class Skeleton:
         self.model = _build(config)
         self._state = self.model.state_dict()
         self._transforms = _transforms(self.model)
+        self._converted: set[str] = set()  # names whose tensors are not as in files
 
     def name_of(self, stored: str) -> str:
         """The name in the model of a tensor that a file calls ``stored``."""
         from transformers.core_model_loading import rename_source_key
 
         prefix = self.model.base_model_prefix
-        name, _ = rename_source_key(stored, *self._transforms, prefix, self._state)
+        name, converter = rename_source_key(stored, *self._transforms, prefix, self._state)
+        if converter is not None:
+            self._converted.add(name)
         if name not in self._state and stored in self._state:
             name, _ = rename_source_key(stored, [], [], prefix, self._state)
         return name
@@ -59,24 +60,20 @@ class Skeleton:
         linears = (n for n, m in self.model.named_modules() if isinstance(m, nn.Linear))
         return [name for name in linears if name not in known]
 
-    def check_complete(self, names: Iterable[str], checkpoint: Checkpoint) -> None:
-        """Requires that ``names`` (in the model) are all of its tensors; dense ones of its shapes.
+    def check_complete(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Requires that ``shapes`` (by names in the model) are of all its tensors.
 
         Raises:
             ValueError: a tensor is missing or has another shape.
         """
         ignored = getattr(self.model, "_keys_to_ignore_on_load_missing", None) or ()
-        have = set(names)
-        for name in self._state:
-            known = name in have or name in self._tied()
-            if not known and not any(re.search(pattern, name) for pattern in ignored):
+        for name, tensor in self._state.items():
+            shape = shapes.get(name)
+            if shape is not None and name not in self._converted and tuple(tensor.shape) != shape:
+                raise ValueError(f"import: {name} must be {list(tensor.shape)}, got {list(shape)}")
+            spared = name in self._tied() or any(re.search(p, name) for p in ignored)
+            if shape is None and not spared:
                 raise ValueError(f"import: src must hold the whole model, got no {name}")
-        for stored, info in checkpoint.tensors.items():
-            expected = self._state.get(stored)  # one that is converted has another name or shape
-            if expected is not None and tuple(expected.shape) != info.shape:
-                raise ValueError(
-                    f"import: {stored} must be {list(expected.shape)}, got {list(info.shape)}"
-                )
 
     def _tied(self) -> set[str]:
         tied = getattr(self.model, "all_tied_weights_keys", None) or {}

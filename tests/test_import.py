@@ -212,6 +212,15 @@ def test_verify_finds_every_difference(format: str, tmp_path: Path):
         assert written["ok"] is False
         assert written["differences"][:1] == [f"{Q_PROJ}: {difference}"]
         (out / "model.safetensors").write_bytes(whole)
+    config = (out / "config.json").read_text()
+    set_config(out, group_size=64)
+    differences = grace.export.verify(out, model).differences
+    assert f"{Q_PROJ}: config says Scheme(bits=4, group_size=64)" in differences
+    (out / "config.json").write_text(config)
+    certificate = grace.export.verify(out, model)
+    assert certificate.ok
+    assert certificate.logits.tokens == 32
+    assert certificate.logits.relative_error < 0.02
     rewritten(out, lambda tensors: tensors.pop(f"{Q_PROJ}.scales"))
     assert (
         f"{Q_PROJ}.scales: missing in the checkpoint" in grace.export.verify(out, model).differences
@@ -424,4 +433,61 @@ def test_released_awq(tmp_path: Path):
     (source / "awq_quantized_modules.json").write_text(json.dumps(listed))
     with pytest.raises(ValueError, match="must list the quantized linears of the checkpoint"):
         import_published(source, tmp_path / "other")
+    assert listing(tmp_path) == {"src", "out"}
+
+
+def as_original(directory: Path) -> None:
+    """A transformers LLaVA's files under the names and with the config of LLaVA's first code."""
+    names = {
+        "language_model.model.": "model.",
+        "language_model.lm_head": "lm_head",
+        "multi_modal_projector.linear_1": "model.mm_projector.0",
+        "multi_modal_projector.linear_2": "model.mm_projector.2",
+        "vision_tower.": "model.vision_tower.vision_tower.vision_model.",
+    }
+
+    def original(name: str) -> str:
+        new, old = next((new, old) for new, old in names.items() if name.startswith(new))
+        return old + name.removeprefix(new)
+
+    tensors = load_file(directory / "model.safetensors")
+    tensors = {original(name): tensor for name, tensor in tensors.items()}
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    text = json.loads((directory / "config.json").read_text())["text_config"]
+    config = {**text, "architectures": ["LlavaLlamaForCausalLM"], "model_type": "llava_llama"}
+    config |= {"mm_projector_type": "mlp2x_gelu", "dtype": "bfloat16"}
+    (directory / "config.json").write_text(json.dumps(config))
+    linears = [n.removesuffix(".qweight") for n in tensors if n.endswith(".qweight")]
+    listed = {"bits": 4, "group_size": 32, "modules": linears}
+    (directory / "awq_quantized_modules.json").write_text(json.dumps(listed))
+
+
+def test_original_llava_names(tmp_path: Path):
+    model = quantized("llava")
+    grace.export(model, tmp_path / "src", "awq")
+    as_original(tmp_path / "src")
+    assert import_published(tmp_path / "src", tmp_path / "out").quantized_layers == 14
+    loaded, info = type(model).from_pretrained(
+        tmp_path / "out", dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert loaded.config.image_token_id == 96
+    assert loaded.config.text_config.vocab_size == 128
+    assert loaded.config.vision_config.image_size == 32
+    assert loaded.generation_config.suppress_tokens == list(range(96, 128))
+    assert not loaded.lm_head.weight[96:].any()
+    state = loaded.state_dict()
+    for name, layer in model.named_modules():
+        if isinstance(layer, FakeQuantLinear):
+            packed = loaded.get_submodule(name)
+            assert torch.equal(packed.dequantize(torch.bfloat16), layer.quantized_weight())
+        for part, tensor in layer.named_parameters(recurse=False):
+            if not isinstance(layer, FakeQuantLinear):
+                own = state[f"{name}.{part}"][: tensor.shape[0]]
+                assert torch.equal(own, tensor.float()), name
+    tensors = load_file(tmp_path / "src" / "model.safetensors")
+    tensors = {name: t for name, t in tensors.items() if "vision_tower" not in name}
+    save_file(tensors, tmp_path / "src" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"src must hold the vision tower"):
+        import_published(tmp_path / "src", tmp_path / "other")
     assert listing(tmp_path) == {"src", "out"}
