@@ -7,9 +7,20 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
-_BAD_CONFIG = (ArithmeticError, AttributeError, ImportError, LookupError, RuntimeError, TypeError)
+# What transformers raises for a config that it cannot make a model of.
+_BAD_CONFIG = (
+    ArithmeticError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    RuntimeError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
 
 
 class Skeleton:
@@ -93,7 +104,8 @@ def _build(config: dict[str, Any]) -> Any:
         with torch.device("meta"):
             return kind(made)
     except _BAD_CONFIG as error:
-        raise ValueError(f"import: config.json must describe a {names[0]}, got {error}") from None
+        told = str(error).strip() or type(error).__name__
+        raise ValueError(f"import: config.json must describe a {names[0]}, got {told}") from None
 
 
 def _transforms(model: Any) -> tuple[list[Any], list[Any]]:

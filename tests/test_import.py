@@ -192,7 +192,9 @@ def flip(name: str, bit: int) -> Any:
 
 
 @pytest.mark.parametrize("format", ["awq", "gptq"])
-def test_verify_finds_every_difference(format: str, tmp_path: Path):
+def test_verify_finds_every_difference(
+    format: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     model, out = quantized(), tmp_path / "out"
     model.save_pretrained(tmp_path / "trained")
     grace.export(model, out, format)
@@ -221,6 +223,9 @@ def test_verify_finds_every_difference(format: str, tmp_path: Path):
     assert certificate.ok
     assert certificate.logits.tokens == 32
     assert certificate.logits.relative_error < 0.02
+    assert run("import", out, tmp_path / "packed") == 0
+    assert "14 quantized layers (73728 codes) and 13 other" in capsys.readouterr().out
+    assert run("verify", tmp_path / "packed", out) == 0  # the reference in the other format
     rewritten(out, lambda tensors: tensors.pop(f"{Q_PROJ}.scales"))
     assert (
         f"{Q_PROJ}.scales: missing in the checkpoint" in grace.export.verify(out, model).differences
@@ -310,6 +315,22 @@ def test_damage_is_told_and_nothing_is_written(
     told = capsys.readouterr().err.strip().splitlines()[-1]
     assert re.search(message, told), told
     assert listing(tmp_path) == {"src"}
+
+
+def test_any_flipped_bit_of_the_config_is_read_or_told(original: Path, tmp_path: Path):
+    source, out = shutil.copytree(original, tmp_path / "src"), tmp_path / "out"
+    content = (source / "config.json").read_bytes()
+    told = 0
+    for place in range(7, len(content), len(content) // 8):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << place % 7
+        (source / "config.json").write_bytes(bytes(flipped))
+        try:
+            import_published(source, out, overwrite=True)
+        except (ValueError, OSError):
+            told += 1
+        assert listing(tmp_path) <= {"src", "out"}
+    assert told
 
 
 def test_a_full_disk_leaves_nothing(exported: Path, tmp_path: Path, monkeypatch, capsys):
