@@ -14,6 +14,7 @@ from grace.version import __version__
 
 if TYPE_CHECKING:
     from grace import evaluation, export, losses, nn, ops, packing, study, training
+    from grace.importing import import_published
     from grace.integrations.transformers import accelerate
     from grace.quantization import pack, quantize
     from grace.training import GraceConfig, GraceTrainer
@@ -22,6 +23,7 @@ _ATTRIBUTES = {
     "GraceConfig": "grace.training",
     "GraceTrainer": "grace.training",
     "accelerate": "grace.integrations.transformers",
+    "import_published": "grace.importing",
     "pack": "grace.quantization",
     "quantize": "grace.quantization",
 }
@@ -34,6 +36,7 @@ __all__ = [
     "accelerate",
     "evaluation",
     "export",
+    "import_published",
     "losses",
     "nn",
     "ops",

@@ -38,13 +38,17 @@ class Certificate:
         """One line for people."""
         if not self.ok:
             return f"differs in {len(self.differences)} places, first {self.differences[0]}"
-        if self.logits is None:
+        if not self.quantized_layers:
             return f"{len(self.files)} files are as certified"
-        return (
+        compared = (
             f"{self.quantized_layers} quantized layers ({self.codes} codes) and "
-            f"{self.other_tensors} other tensors equal the reference; logits differ by "
-            f"{self.logits.relative_error:.1e}, {self.logits.top1_agreement:.1%} of the tokens "
-            "come out the same"
+            f"{self.other_tensors} other tensors equal the reference"
+        )
+        if self.logits is None:
+            return compared
+        return (
+            f"{compared}; logits differ by {self.logits.relative_error:.1e}, "
+            f"{self.logits.top1_agreement:.1%} of the tokens come out the same"
         )
 
     def write(self, directory: Path) -> None:

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -122,6 +122,15 @@ class Checkpoint:
             with safe_open(file, framework="pt") as shard:
                 for name in shard.keys():  # noqa: SIM118 (not a dict)
                     yield name, shard.get_tensor(name)
+
+    def tensors_of(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Some tensors by name; what is not there is left out."""
+        tensors = {}
+        for name in names:
+            if name in self._files:
+                with safe_open(self._files[name], framework="pt") as shard:
+                    tensors[name] = shard.get_tensor(name)
+        return tensors
 
     def _shards(self) -> list[Path]:
         if (self.directory / INDEX).exists():

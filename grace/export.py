@@ -18,21 +18,25 @@ import torch
 from torch import Tensor, nn
 
 from grace.checkpoint import Checkpoint, check_target, copy_companions, written_whole
-from grace.formats.compressed_tensors import encode
-from grace.formats.compressed_tensors_config import METHOD
+from grace.formats.compressed_tensors import Scheme
+from grace.formats.layouts import COMPRESSED, LAYOUTS, Layout
+from grace.importing import readable
 from grace.nn import FakeQuantLinear, PackedLinear
 from grace.quantization import check_packable, packed_config
+from grace.shards import ShardWriter
 from grace.verification import Certificate, verify
 
 __all__ = ["Certificate", "export", "load", "verify"]
 
-FORMATS = (METHOD,)
+FORMATS = tuple(LAYOUTS)
+LowBit = FakeQuantLinear | PackedLinear
+_MARK = "weight_packed"
 
 
 def export(
     src: nn.Module | str | os.PathLike[str],
     dst: str | os.PathLike[str],
-    format: str = METHOD,
+    format: str = COMPRESSED.name,
     *,
     processor: Any = None,
     dtype: torch.dtype | None = None,
@@ -49,7 +53,9 @@ def export(
         src: a transformers model with `FakeQuantLinear` or `PackedLinear` layers, or a directory
             that such a model (or `GraceTrainer`) was saved in.
         dst: directory to write; must not exist, or be empty.
-        format: "compressed-tensors" (pack-quantized), which vLLM, SGLang and transformers read.
+        format: "compressed-tensors" (pack-quantized), which vLLM, SGLang and transformers read;
+            "awq" (GEMM layout, 4 bits) or "gptq" (version 1) for programs that read only those.
+            These two hold scales in float16: others than those it holds exactly are refused.
         processor: processor or tokenizer to save with the model; those of a ``src`` directory are
             copied without asking.
         dtype: dtype of everything that is not quantized; None leaves it as it is.
@@ -75,9 +81,10 @@ def export(
     if source is not None and (source == target or target in source.parents):
         raise ValueError(f"export: dst must not hold src, got {target}")
     model = src if isinstance(src, nn.Module) else load(src)
-    config = _checked_config(model)
+    layout = LAYOUTS[format]
+    config = _checked_config(model, layout)
     with written_whole(target, overwrite) as partial:
-        _write(model, config, partial, dtype, max_shard_size)
+        _write(model, layout, config, partial, dtype, max_shard_size)
         if processor is not None:
             processor.save_pretrained(partial)
         if source is not None:
@@ -103,7 +110,8 @@ def load(directory: str | os.PathLike[str]) -> nn.Module:
         raise ValueError(
             f"checkpoint: architectures must name a transformers model, got {names[0]}"
         )
-    model, info = architecture.from_pretrained(directory, dtype="auto", output_loading_info=True)
+    with readable(directory) as copy:
+        model, info = architecture.from_pretrained(copy, dtype="auto", output_loading_info=True)
     for kind in ("missing_keys", "mismatched_keys"):
         if info[kind]:
             first = sorted(map(str, info[kind]))[0]
@@ -111,25 +119,49 @@ def load(directory: str | os.PathLike[str]) -> nn.Module:
     return model
 
 
-def _checked_config(model: nn.Module) -> dict[str, Any]:
+def _checked_config(model: nn.Module, layout: Layout) -> dict[str, Any]:
     if not hasattr(model, "save_pretrained"):
         raise ValueError(f"export: src must be a transformers model, got {type(model).__name__}")
     if not any(isinstance(module, FakeQuantLinear | PackedLinear) for module in model.modules()):
         raise ValueError("export: src must hold FakeQuantLinear or PackedLinear layers, got none")
     check_packable("export", model)
-    return packed_config(model)
+    return packed_config(model, layout)
 
 
 def _write(
     model: Any,
+    layout: Layout,
     config: dict[str, Any],
     directory: Path,
     dtype: torch.dtype | None,
     max_shard_size: str | int,
 ) -> None:
-    with _without_quantizer(model, config):
-        state = packed_state(model) if dtype is None else _cast(packed_state(model), dtype)
-        model.save_pretrained(directory, state_dict=state, max_shard_size=max_shard_size)
+    _write_config(model, config, directory, dtype)
+    dense, layers = _on_disk(model)
+    writer = ShardWriter(directory, max_shard_size)
+    for name, tensor in dense.items():
+        cast = dtype is not None and tensor.is_floating_point()
+        writer.add(name, tensor.to(dtype) if cast else tensor)
+    for name, layer in layers.items():  # one layer's codes at a time
+        scheme = Scheme(layer.bits, layer.group_size)
+        for part, tensor in layout.encode(*_codes_and_scales(layer), scheme, name).items():
+            writer.add(f"{name}.{part}", tensor)
+    writer.finish()
+
+
+def _write_config(
+    model: Any, config: dict[str, Any], directory: Path, dtype: torch.dtype | None
+) -> None:
+    model.config.dtype = str(model.dtype).split(".")[-1]
+    model.config.architectures = [type(model).__name__]
+    with _quantization_config(model, config):
+        model.config.save_pretrained(directory)
+    if model.can_generate():
+        model.generation_config.save_pretrained(directory)
+    if model.is_remote_code():
+        from transformers.dynamic_module_utils import custom_object_save
+
+        custom_object_save(model, directory, config=model.config)
     if dtype is not None:
         file = directory / "config.json"
         written = json.loads(file.read_text(encoding="utf-8"))
@@ -137,25 +169,36 @@ def _write(
         file.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-@torch.no_grad()
-def packed_state(model: nn.Module) -> dict[str, Tensor]:
-    """The model's state dict with every low-bit layer in the format's three tensors."""
-    state = dict(model.state_dict())
+def _on_disk(model: Any) -> tuple[dict[str, Tensor], dict[str, LowBit]]:
+    """By their names in files: tensors that are not quantized, not copied, and low-bit layers."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    layers: list[LowBit] = []
+    state: dict[str, Tensor] = {}
     for name, module in model.named_modules():
-        if isinstance(module, FakeQuantLinear):
-            del state[f"{name}.weight"], state[f"{name}.log_scale"]
-            encoded = encode(*module.quantize(), module.bits)
-            state.update({f"{name}.{key}": tensor for key, tensor in encoded.items()})
-    return state
+        prefix = f"{name}." if name else ""
+        if not isinstance(module, LowBit):
+            module._save_to_state_dict(state, prefix, keep_vars=False)
+            continue
+        if module.bias is not None:
+            state[f"{prefix}bias"] = module.bias.detach()
+        state[f"{prefix}{_MARK}"] = torch.tensor(len(layers))  # to be found again when renamed
+        layers.append(module)
+    for unsaved in (
+        *(getattr(model, "all_tied_weights_keys", None) or ()),
+        *(getattr(model, "_keys_to_ignore_on_save", None) or ()),
+    ):
+        state.pop(unsaved, None)
+    named = revert_weight_conversion(model, state)
+    marks = {name: int(mark) for name, mark in named.items() if name.endswith(f".{_MARK}")}
+    dense = {name: tensor for name, tensor in named.items() if name not in marks}
+    return dense, {name.removesuffix(f".{_MARK}"): layers[i] for name, i in marks.items()}
 
 
-def _cast(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    cast: dict[tuple[int, torch.Size], Tensor] = {}  # tied tensors stay one tensor
-    for name, tensor in state.items():
-        if tensor.is_floating_point() and not name.endswith(".weight_scale"):
-            key = (tensor.data_ptr(), tensor.shape)
-            state[name] = cast.setdefault(key, tensor.to(dtype))
-    return state
+def _codes_and_scales(layer: LowBit) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        pair = layer.quantize() if isinstance(layer, FakeQuantLinear) else layer.unpack()
+    return pair[0].cpu(), pair[1].cpu()
 
 
 def _set_dtype(config: dict[str, Any], dtype: str) -> None:
@@ -166,17 +209,13 @@ def _set_dtype(config: dict[str, Any], dtype: str) -> None:
 
 
 @contextlib.contextmanager
-def _without_quantizer(model: Any, config: dict[str, Any]) -> Iterator[None]:
-    """Lets `save_pretrained` take our tensors, where a model's quantizer would put its own."""
+def _quantization_config(model: Any, config: dict[str, Any]) -> Iterator[None]:
     missing = object()
-    quantizer = model.__dict__.pop("hf_quantizer", missing)
     before = getattr(model.config, "quantization_config", missing)
     model.config.quantization_config = config
     try:
         yield
     finally:
-        if quantizer is not missing:
-            model.hf_quantizer = quantizer
         if before is missing:
             del model.config.quantization_config
         else:

@@ -9,8 +9,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from grace.formats import compressed_tensors_config
-from grace.formats.compressed_tensors import BITS
+from grace.formats.compressed_tensors import BITS, Scheme
+from grace.formats.layouts import COMPRESSED, Layout
 from grace.log_scale import init_log_scale
 from grace.nn import FakeQuantLinear, PackedLinear
 from grace.nn import fuse as nn_fuse
@@ -241,18 +241,18 @@ def qat_config(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def packed_config(model: nn.Module) -> dict[str, Any]:
-    """The compressed-tensors ``quantization_config`` of a model with low-bit layers of any kind.
+def packed_config(model: nn.Module, layout: Layout = COMPRESSED) -> dict[str, Any]:
+    """The ``quantization_config`` of a model with low-bit layers of any kind, for a format.
 
     Raises:
-        ValueError: as `grace.formats.compressed_tensors_config.make_config`.
+        ValueError: as the format's ``make_config``.
     """
     quantized = {
-        name: compressed_tensors_config.Scheme(module.bits, module.group_size)
+        name: Scheme(module.bits, module.group_size)
         for name, module in model.named_modules()
         if isinstance(module, FakeQuantLinear | PackedLinear)
     }
-    return compressed_tensors_config.make_config(
+    return layout.make_config(
         quantized, [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
     )
 

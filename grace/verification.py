@@ -7,7 +7,7 @@ transformers, so that an error in the export cannot hide in the check.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,16 @@ from torch import Tensor, nn
 
 from grace.certificate import Certificate, check_files, start
 from grace.checkpoint import DTYPES, PICKLES, Checkpoint
+from grace.formats import awq, gptq
+from grace.formats.compressed_tensors import Scheme
 from grace.formats.compressed_tensors_config import read_config
+from grace.importing import readable
 from grace.logits_check import compare_logits, run_dtype
 from grace.nn import FakeQuantLinear, PackedLinear
+from grace.stored import PARTS, method_of, read
 
-_PARTS = ("weight_packed", "weight_scale", "weight_shape")
+_ON_STATE = ("weight_packed", "weight_scale", "weight_shape", "weight", "log_scale")
+_QUANTIZED = tuple(f".{part}" for parts in PARTS.values() for part in parts)
 _TOLERANCES = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of logits
 
 LowBit = FakeQuantLinear | PackedLinear
@@ -40,7 +45,7 @@ def verify(
     `from_pretrained`; and the logits of the loaded model. ``dst`` gets ``grace_certificate.json``.
 
     Args:
-        dst: directory of a compressed-tensors pack-quantized checkpoint.
+        dst: directory of a checkpoint in any format that `grace.export` writes.
         reference: the model (`FakeQuantLinear` or `PackedLinear` layers) or its directory; None
             compares the files with the certificate that they came with.
         inputs: keyword arguments of the model's forward; None: a short batch of random tokens.
@@ -71,8 +76,10 @@ def verify(
 @torch.no_grad()
 def _compare_tensors(checkpoint: Checkpoint, model: Any, certificate: Certificate) -> None:
     dense, packed = _expected(model)
-    schemes = read_config(checkpoint.config.get("quantization_config") or {})
-    names = {f"{stem}.{part}": stem for stem in packed for part in _PARTS}
+    config = checkpoint.config.get("quantization_config") or {}
+    method = method_of(config)
+    scheme_of = _schemes(method, config)
+    names = {f"{stem}.{part}": stem for stem in packed for part in PARTS[method]}
     for name in sorted((dense.keys() | names.keys()) ^ checkpoint.tensors.keys()):
         where = "missing in" if name not in checkpoint.tensors else "unknown to the reference, in"
         certificate.differences.append(f"{name}: {where} the checkpoint")
@@ -86,27 +93,38 @@ def _compare_tensors(checkpoint: Checkpoint, model: Any, certificate: Certificat
             stem = names[name]
             own = parts.setdefault(stem, {})
             own[name.removeprefix(f"{stem}.")] = tensor
-            if len(own) == len(_PARTS):
+            if len(own) == len(PARTS[method]):
                 module_name, module = packed[stem]
-                scheme = schemes.scheme_of(module_name, ["Linear"])
+                scheme = scheme_of(module_name)
                 if scheme != (module.bits, module.group_size):
                     certificate.differences.append(f"{stem}: config says {scheme}")
-                certificate.differences += [f"{stem}: {d}" for d in _compare_layer(own, module)]
+                found = _compare_layer(method, own, module)
+                certificate.differences += [f"{stem}: {difference}" for difference in found]
                 certificate.quantized_layers += 1
                 certificate.codes += module.in_features * module.out_features
                 parts[stem] = {}
 
 
-def _compare_layer(parts: Mapping[str, Tensor], module: LowBit) -> Iterator[str]:
+def _schemes(method: str, config: Mapping[str, Any]) -> Callable[[str], Scheme | None]:
+    """Scheme of a module by its name, as the checkpoint's config says."""
+    if method == "compressed-tensors":
+        layout = read_config(config)
+        return lambda name: layout.scheme_of(name, ["Linear"])
+    scheme = awq.read_config(config) if method == "awq" else gptq.read_config(config).scheme
+    return lambda name: scheme
+
+
+def _compare_layer(method: str, parts: Mapping[str, Tensor], module: LowBit) -> Iterator[str]:
     expected_codes, expected_scales = _codes_and_scales(module)
-    if parts["weight_shape"].tolist() != [module.out_features, module.in_features]:
-        yield f"weight_shape is {parts['weight_shape'].tolist()}"
+    shape = (module.out_features, module.in_features)
+    codes, scales, faults = read(method, parts, module.bits, shape)
+    if faults:
+        yield from faults
         return
-    codes = _unpack(parts["weight_packed"], module.bits)[:, : module.in_features]
-    scales = parts["weight_scale"]
     if not torch.equal(codes, expected_codes.long()):
         yield "codes differ"
-    if scales.dtype != expected_scales.dtype or not torch.equal(scales, expected_scales):
+    dtype = expected_scales.dtype if method == "compressed-tensors" else torch.float16
+    if scales.dtype != dtype or not torch.equal(scales.double(), expected_scales.double()):
         yield "scales differ"
         return
     weight = (
@@ -116,11 +134,6 @@ def _compare_layer(parts: Mapping[str, Tensor], module: LowBit) -> Iterator[str]
     product = (groups * scales.float().unsqueeze(-1)).flatten(1).to(weight.dtype)
     if not torch.equal(product, weight.cpu()):
         yield "dequantized weight differs"
-
-
-def _unpack(words: Tensor, bits: int) -> Tensor:
-    shifts = torch.arange(0, 32, bits)
-    return (((words.long().unsqueeze(-1) >> shifts) & (2**bits - 1)) - 2 ** (bits - 1)).flatten(1)
 
 
 def _codes_and_scales(module: LowBit) -> tuple[Tensor, Tensor]:
@@ -141,7 +154,7 @@ def _expected(model: Any) -> tuple[dict[str, Tensor], dict[str, tuple[str, LowBi
     for tied in getattr(model, "all_tied_weights_keys", None) or ():
         state.pop(tied, None)
     for index, (name, _) in enumerate(layers):
-        for part in (*_PARTS, "weight", "log_scale"):
+        for part in _ON_STATE:
             state.pop(f"{name}.{part}", None)
         state[f"{name}.weight_packed"] = torch.tensor(index)  # a layer's mark, to be found again
     on_disk = revert_weight_conversion(model, state)
@@ -160,14 +173,15 @@ def _compare_loaded(
     inputs: Mapping[str, Tensor] | None,
     certificate: Certificate,
 ) -> None:
-    loaded = type(reference).from_pretrained(checkpoint.directory, dtype=run_dtype(reference))
+    with readable(checkpoint.directory) as directory:
+        loaded = type(reference).from_pretrained(directory, dtype=run_dtype(reference))
     for name, module in reference.named_modules():
         if not isinstance(module, LowBit):
             continue
         other = loaded.get_submodule(name)
         if not isinstance(other, PackedLinear):
             certificate.differences.append(f"{name}: loaded as {type(other).__name__}")
-        elif not all(map(torch.equal, other.unpack(), _codes_and_scales(module))):
+        elif not all(map(_same, other.unpack(), _codes_and_scales(module))):
             certificate.differences.append(f"{name}: codes or scales differ after loading")
     certificate.logits = compare_logits(reference, loaded, inputs, _tolerance(checkpoint, loaded))
     if not certificate.logits.ok:
@@ -176,7 +190,7 @@ def _compare_loaded(
 
 def _tolerance(checkpoint: Checkpoint, loaded: Any) -> float:
     """By the coarser of two dtypes: that of the dense tensors on disk, and that it runs in."""
-    dense = (info for name, info in checkpoint.tensors.items() if not name.endswith(_PARTS))
+    dense = (info for name, info in checkpoint.tensors.items() if not name.endswith(_QUANTIZED))
     dtypes = {loaded.dtype, *(DTYPES.get(info.dtype) for info in dense)}
     return max(_TOLERANCES.get(dtype, 0.0) for dtype in dtypes)
 

@@ -205,7 +205,7 @@ def test_existing_directories_are_not_touched(tmp_path: Path):
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
-        (quantized, {"format": "awq"}, "format must be one of compressed-tensors, got awq"),
+        (quantized, {"format": "gguf"}, "format must be one of .*awq, gptq, got gguf"),
         (models.qwen2, {}, "must hold FakeQuantLinear or PackedLinear layers, got none"),
         (lambda: quantized(bits=2), {}, r"export: bits of .*q_proj must be 4 or 8, got 2"),
         (lambda: quantized(skip="q_proj"), {}, "q_proj, k_proj, v_proj must share"),

@@ -9,7 +9,9 @@ import typer
 def export(
     source: Annotated[Path, typer.Argument(help="Directory of the trained student.")],
     target: Annotated[Path, typer.Argument(help="Directory to write; new or empty.")],
-    format: Annotated[str, typer.Option(help="compressed-tensors")] = "compressed-tensors",
+    format: Annotated[
+        str, typer.Option(help="compressed-tensors, awq or gptq.")
+    ] = "compressed-tensors",
     dtype: Annotated[
         str, typer.Option(help="What is not quantized: auto, bfloat16, float16, float32.")
     ] = "auto",

@@ -33,7 +33,7 @@ def make_config(quantized: Mapping[str, Scheme], other: Iterable[str]) -> dict[s
     """
     if not quantized:
         raise ValueError("compressed-tensors: a checkpoint must have quantized linears, got none")
-    _check_fused(quantized, other)
+    check_fused("compressed-tensors", quantized, other)
     schemes = list(dict.fromkeys(quantized.values()))
     schemes.sort(key=list(quantized.values()).count, reverse=True)
     groups = {}
@@ -41,14 +41,14 @@ def make_config(quantized: Mapping[str, Scheme], other: Iterable[str]) -> dict[s
         names = [name for name, own in quantized.items() if own == scheme]
         rest = [name for name, own in quantized.items() if own != scheme]
         # Name patterns win over the class name, so the commonest scheme may take all that is left.
-        targets = ["Linear"] if index == 0 else _patterns(names, rest)
+        targets = ["Linear"] if index == 0 else name_patterns(names, rest)
         groups[f"group_{index}"] = _group(scheme, targets)
     return {
         "quant_method": METHOD,
         "format": FORMAT,
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": _patterns(other, quantized),
+        "ignore": name_patterns(other, quantized),
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
@@ -73,8 +73,12 @@ def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
     }
 
 
-def _check_fused(quantized: Mapping[str, Scheme], other: Iterable[str]) -> None:
-    """Servers load q/k/v and gate/up as one matrix each, so its parts must have one scheme."""
+def check_fused(layout: str, quantized: Mapping[str, Scheme], other: Iterable[str]) -> None:
+    """Servers load q/k/v and gate/up as one matrix each, so its parts must have one scheme.
+
+    Raises:
+        ValueError: parts of one matrix with unlike schemes.
+    """
     schemes: dict[str, Scheme | None] = {**dict.fromkeys(other), **quantized}
     for parts in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
         for name in (name for name in quantized if name.endswith(parts)):
@@ -82,12 +86,12 @@ def _check_fused(quantized: Mapping[str, Scheme], other: Iterable[str]) -> None:
             siblings = [f"{parent}.{part}" for part in parts if f"{parent}.{part}" in schemes]
             if any(schemes[sibling] != schemes[name] for sibling in siblings):
                 raise ValueError(
-                    f"compressed-tensors: {', '.join(parts)} must share bits and group size, "
+                    f"{layout}: {', '.join(parts)} must share bits and group size, "
                     f"got {', '.join(f'{s}: {schemes[s]}' for s in siblings)}"
                 )
 
 
-def _patterns(names: Iterable[str], spared: Iterable[str]) -> list[str]:
+def name_patterns(names: Iterable[str], spared: Iterable[str]) -> list[str]:
     """Few ``re:`` patterns that match all of ``names`` and none of ``spared``.
 
     Patterns, because servers rename modules: they begin anywhere and end in a part of the name that
@@ -104,7 +108,7 @@ def _patterns(names: Iterable[str], spared: Iterable[str]) -> list[str]:
 def _pattern(name: str, spared: Sequence[str]) -> str:
     parts = name.split(".")
     depth = next(
-        (d for d in range(1, len(parts)) if not _any_inside(".".join(parts[:d]), spared)),
+        (d for d in range(1, len(parts)) if not any_inside(".".join(parts[:d]), spared)),
         len(parts),
     )
     endings = (".*", r"\..*") if depth < len(parts) else ("", "$")
@@ -116,7 +120,8 @@ def _pattern(name: str, spared: Sequence[str]) -> str:
     return "re:^" + re.escape(".".join(parts[:depth])) + endings[-1]
 
 
-def _any_inside(container: str, names: Sequence[str]) -> bool:
+def any_inside(container: str, names: Sequence[str]) -> bool:
+    """Whether a module of ``names`` lies in ``container``."""
     return any(name.startswith(container + ".") for name in names)
 
 
