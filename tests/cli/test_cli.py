@@ -161,9 +161,7 @@ def test_evaluate_pope_goes_on_where_it_stopped(
 
     (tmp_path / "images").symlink_to(drawn / "count", target_is_directory=True)
     lines = [
-        json.dumps(
-            {"image": "000.png", "text": f"Is there a {thing} in this image?", "label": "no"}
-        )
+        json.dumps({"image": "000.png", "text": f"Is there a {thing} ?", "label": "no"})
         for thing in ("circle", "heart", "ring")
     ]
     (tmp_path / "my_pope_random.json").write_text("\n".join(lines * 13))
