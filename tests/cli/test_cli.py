@@ -154,6 +154,40 @@ def test_evaluate_writes_official_results_and_scores(
     assert "perception" in capsys.readouterr().out
 
 
+def test_evaluate_pope_goes_on_where_it_stopped(
+    models: Path, drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from grace.evaluation import answer, suites
+
+    (tmp_path / "images").symlink_to(drawn / "count", target_is_directory=True)
+    lines = [
+        json.dumps({"image": "000.png", "text": f"Is there a {thing} ?", "label": "no"})
+        for thing in ("circle", "heart", "ring")
+    ]
+    (tmp_path / "my_pope_random.json").write_text("\n".join(lines * 13))
+    options = ("--suite", "pope", "--out", tmp_path / "out", "--batch-size", 1)
+    options = (*options, "--device", "cpu", "--max-new-tokens", 1)
+    asked, whole = [], answer.answer
+
+    def stopped(network, processor, rows, **settings):
+        asked.append(len(rows))
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return whole(network, processor, rows, **settings)
+
+    monkeypatch.setattr(answer, "answer", stopped)
+    assert run("evaluate", models / "student", tmp_path, *options) == 130
+    assert (tmp_path / "out" / "answers.part.jsonl").is_file()
+    assert run("evaluate", models / "student", tmp_path, *options) == 0
+    assert asked == [32, 7, 7]
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert scores["settings"]["random"]["questions"] == 39
+    replies = (tmp_path / "out" / "replies.jsonl").read_text().splitlines()
+    rows = suites.suite_named("pope").load(tmp_path, None, "")
+    assert [json.loads(line)["question"] for line in replies] == [row.question for row in rows]
+    assert not (tmp_path / "out" / "answers.part.jsonl").exists()
+
+
 def test_generate_streams_and_tells_its_speed(
     models: Path, drawn: Path, capsys: pytest.CaptureFixture
 ) -> None:
