@@ -13,6 +13,7 @@ first.
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -52,8 +53,9 @@ class Step:
         mixed = masters == torch.float32 and device.type == "cuda"
         self.plain, theirs = (with_own_layers(self.student) for _ in range(2))
         options = {"bf16": mixed, "use_cpu": device.type == "cpu", "report_to": "none"}
+        self._folder = tempfile.TemporaryDirectory()  # the trainer wants one
         config = GraceConfig(
-            output_dir="unused",
+            output_dir=self._folder.name,
             group_size=GROUP,
             scale_init="absmax",
             scale_dtype=None,
