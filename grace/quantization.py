@@ -74,8 +74,13 @@ def quantize(
     }
     for name, layer in layers.items():
         model.set_submodule(name, layer)
-    _record(model, qat_config(model))
+    record(model)
     return list(layers)
+
+
+def record(model: nn.Module) -> None:
+    """Writes into the model's config, where it has one, which of its linears are fake-quantized."""
+    _record(model, qat_config(model))
 
 
 def layer_settings(
@@ -162,6 +167,16 @@ def pack(model: nn.Module, *, fuse: bool = False) -> list[str]:
 def decoder_linears(model: nn.Module) -> dict[str, nn.Linear]:
     """The `nn.Linear` modules inside the decoder layers of the model's language model, by name.
 
+    Raises:
+        ValueError: there are no decoder layers.
+    """
+    prefix, layers = decoder_layers(model)
+    return {f"{prefix}.{name}": linear for name, linear in _linears(layers).items()}
+
+
+def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The decoder layers of the model's language model, and their name.
+
     The language model is the module that holds the token embedding; its decoder layers are the
     ModuleList with the most linears in it.
 
@@ -175,8 +190,7 @@ def decoder_linears(model: nn.Module) -> dict[str, nn.Linear]:
             "quantize: model must have a ModuleList of decoder layers with linears beside its "
             f"token embedding, got {type(model).__name__}"
         )
-    prefix = ".".join(part for part in (prefix, layers[0]) if part)
-    return {f"{prefix}.{name}": linear for name, linear in _linears(layers[1]).items()}
+    return ".".join(part for part in (prefix, layers[0]) if part), layers[1]
 
 
 def _embedding_owner(model: Any) -> tuple[str, nn.Module]:
