@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -47,8 +48,8 @@ def observe(
     """One run of every sample through layer ``number``, watched."""
     layer, seen = calibration.layers[number], {}
     for group in groups:
-        columns = layer.get_submodule(group.names[0]).in_features
-        seen[group] = Observed(Hessian(int(columns), calibration.device))
+        columns = _linear(layer, group.names[0]).in_features
+        seen[group] = Observed(Hessian(columns, calibration.device))
     for sample in calibration.samples:
         with ExitStack() as hooks:
             for group, observed in seen.items():
@@ -104,7 +105,7 @@ def search_scale(
         selected: which of the group's linears are to be quantized.
         device: of the layer.
     """
-    linears = {name: layer.get_submodule(name) for name in selected}
+    linears = {name: _linear(layer, name) for name in selected}
     weights = {name: linear.weight.detach().clone() for name, linear in linears.items()}
     error = _objective(layer, group, observed, linears, weights, device)
     mean = observed.hessian.mean_absolute()
@@ -123,6 +124,10 @@ def search_scale(
     return Searched(best[1], best[0], tried[0][0])
 
 
+def _linear(layer: nn.Module, name: str) -> nn.Linear:
+    return cast(nn.Linear, layer.get_submodule(name))
+
+
 def _scale(mean: Tensor, ratio: float) -> Tensor:
     """s of an α; 1 for channels that nothing came through."""
     seen = mean > 0
@@ -137,7 +142,7 @@ def _objective(
     layer: nn.Module,
     group: Group,
     observed: Observed,
-    linears: dict[str, nn.Module],
+    linears: dict[str, nn.Linear],
     weights: dict[str, Tensor],
     device: torch.device,
 ) -> Callable[[], float]:
@@ -191,7 +196,9 @@ def clip(weight: Tensor, hessian: Tensor, grid: Grid) -> Tensor:
         grid: bits, groups, scales.
     """
     size = grid.columns(weight)
-    blocks = torch.stack([hessian[i : i + size, i : i + size] for i in range(0, len(hessian), size)])
+    blocks = torch.stack(
+        [hessian[i : i + size, i : i + size] for i in range(0, len(hessian), size)]
+    )
     rows = max(1, _CHUNK // max(1, weight.shape[1]))
     found = [_clip(part.float(), blocks, grid) for part in weight.split(rows)]
     clipped, plain = torch.cat(found), grid.find(weight)

@@ -98,7 +98,11 @@ class Calibration:
     def run_to(self, module: nn.Module, number: int, see: Callable[[Sample, Tensor], Any]) -> None:
         """Run layer ``number`` on every sample up to ``module`` in it, and show its input."""
         for sample in self.samples:
-            with hooked(module, lambda args, _, sample=sample: see(sample, args[0]), stop=True):
+
+            def show(args: tuple, _: dict, sample: Sample = sample) -> None:
+                see(sample, args[0])
+
+            with hooked(module, show, stop=True):
                 self.run(sample, number)
 
     def advance(self, number: int) -> None:
@@ -133,9 +137,10 @@ class Calibration:
                 f"ptq: model must run its {len(self.layers)} decoder layers in order, once each, "
                 f"got {len(outputs)} of them"
             )
-        if not all(bool(out.isfinite().all()) for out in outputs):
+        sample = self._sample(calls, outputs, given.get("attention_mask"))
+        if not all(bool(sample.rows(out).isfinite().all()) for out in outputs):
             raise ValueError(f"ptq: hidden states of batch {number} must be finite, got NaN or Inf")
-        return self._sample(calls, outputs, given.get("attention_mask"))
+        return sample
 
     def _as_model(self, value: Any) -> Any:
         if not isinstance(value, Tensor):

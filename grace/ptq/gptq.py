@@ -157,9 +157,7 @@ def _solve_groups(work: Tensor, factor: Tensor, grid: Grid, block: int) -> tuple
     return codes, torch.cat(found, 1)
 
 
-def _solve_columns(
-    work: Tensor, scales: Tensor, factor: Tensor, grid: Grid, block: int
-) -> Tensor:
+def _solve_columns(work: Tensor, scales: Tensor, factor: Tensor, grid: Grid, block: int) -> Tensor:
     """Codes by scales [N, K] that are known before."""
     codes, width = torch.empty_like(work), work.shape[1]
     for start in range(0, width, block):
