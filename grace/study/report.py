@@ -1,16 +1,23 @@
-"""The report of a study, made from study.json alone: a table, charts, one HTML file."""
+"""The report of a study, made from study.json (and questions.npz beside it): Markdown, charts, one
+HTML file."""
 
 from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from grace.study.answers import Answers, entropy_error, read_answers
 from grace.study.arms import FULL
 from grace.study.charts import draw_charts, title
+from grace.study.claims import ABSENT, FAILS, HOLDS, claims
+from grace.study.comparisons import ABOVE, BELOW, UNSEPARATED, compare
 from grace.study.gather import FORMAT, VERSION
+from grace.study.plots import further_charts
+from grace.study.resampling import Resampled
+from grace.study.sections import Findings, Section, sections, titles_of
 
 # Names that let the table fit a terminal of 80 columns.
 _SHORT = {
@@ -19,6 +26,14 @@ _SHORT = {
     "numerical_calculation": "num",
     "perception + cognition": "P + C",
     "between seeds": "seeds",
+}
+_VERDICTS = {
+    HOLDS: "good",
+    FAILS: "bad",
+    ABOVE: "good",
+    BELOW: "bad",
+    UNSEPARATED: "open",
+    ABSENT: "open",
 }
 _TEMPLATE = Path(__file__).parent / "templates" / "report.html.j2"
 
@@ -43,15 +58,38 @@ def read_study(path: Path) -> dict[str, Any]:
     return study
 
 
-def write_report(folder: Path) -> list[Path]:
-    """Write `report.md`, the charts and `report.html` beside a run's study.json."""
-    study = read_study(folder)
-    charts = draw_charts(study, folder)
-    markdown = folder / "report.md"
-    markdown.write_text(to_markdown(study))
-    html = folder / "report.html"
-    html.write_text(to_html(study, charts))
-    return [markdown, *charts, html]
+def write_report(path: Path, *, svg: bool = False) -> list[Path]:
+    """Write `report.md`, the charts and `report.html` beside a study.json.
+
+    Args:
+        path: the run directory, or its study.json; questions.npz beside it is used where it is.
+        svg: every chart as SVG, too.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_study`, or a questions.npz that is none.
+    """
+    study = read_study(path)
+    folder = path if path.is_dir() else path.parent
+    found = findings(study, read_answers(folder))
+    further = further_charts(study, found.resampled, found.entropy)
+    charts = draw_charts(study, folder, further)
+    drawn = list(charts.values())
+    if svg:
+        drawn += draw_charts(study, folder, further, "svg").values()
+    markdown, html = folder / "report.md", folder / "report.html"
+    made = sections(study, found)
+    markdown.write_text(to_markdown(study, made, charts))
+    html.write_text(to_html(study, made, charts))
+    return [markdown, *drawn, html]
+
+
+def findings(study: Mapping[str, Any], answers: Answers | None = None) -> Findings:
+    """What is computed of a study: intervals, comparisons, claims, the teacher's entropy."""
+    arms = study["arms"]
+    resampled = Resampled(arms)
+    comparisons = compare(arms, resampled)
+    entropy = entropy_error(study, answers)
+    return Findings(resampled, comparisons, claims(arms, comparisons, resampled, entropy), entropy)
 
 
 def table(study: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -91,32 +129,37 @@ def footnotes(study: Mapping[str, Any]) -> list[str]:
     return notes
 
 
-def to_markdown(study: Mapping[str, Any]) -> str:
-    """The table, what stands behind it, differences and the example, as Markdown."""
-    header, rows = table(study)
-    lines = [_row(header), _row(["---"] * len(header)), *map(_row, rows), ""]
-    lines += [f"- {note}" for note in footnotes(study)]
-    titles = {arm["name"]: title(arm) for arm in study["arms"]}
-    lines += ["", _row(["difference", "points", "standard error"]), _row(["---"] * 3)]
-    for item in study["differences"]:
-        name = f"{titles[item['arm']]} − {titles[item['to']]}"
-        lines.append(_row([name, f"{item['points']:+.0f}", f"{item['error']:.0f}"]))
-    lines += ["", *_example(study, titles)]
-    return "\n".join(lines) + "\n"
+def to_markdown(
+    study: Mapping[str, Any], made: Sequence[Section], charts: Mapping[str, Path]
+) -> str:
+    """The table, what stands behind it, and all sections, as Markdown beside its charts."""
+    lines = [*_table(*table(study)), *(f"- {note}" for note in footnotes(study)), ""]
+    for section in made:
+        lines += [f"## {section.heading}", ""]
+        for shown in section.tables:
+            lines += _table(shown.header, shown.rows)
+        lines += [line for note in section.notes for line in (note, "")]
+        lines += [f"![{name}]({charts[name].name})\n" for name in section.charts if name in charts]
+        for example in section.examples:
+            lines += [*_example(example, titles_of(study)), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _table(header: list[str], rows: list[list[str]]) -> list[str]:
+    return [_row(header), _row(["---"] * len(header)), *map(_row, rows), ""]
 
 
 def _row(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _example(study: Mapping[str, Any], titles: Mapping[str, str]) -> list[str]:
-    shown = study["example"]
+def _example(shown: Mapping[str, Any], titles: Mapping[str, str]) -> list[str]:
     answers = [f"- {titles[arm]}: {text}" for arm, text in shown["answers"].items()]
     head = f"Example ({shown['subtask']}): {shown['question']} Truth: {shown['truth']}"
     return [head, "", *answers]
 
 
-def to_html(study: Mapping[str, Any], charts: list[Path]) -> str:
+def to_html(study: Mapping[str, Any], made: Sequence[Section], charts: Mapping[str, Path]) -> str:
     """One HTML page with everything in it: images are embedded, nothing is fetched."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -129,8 +172,11 @@ def to_html(study: Mapping[str, Any], charts: list[Path]) -> str:
         header=header,
         rows=rows,
         notes=footnotes(study),
-        titles={arm["name"]: title(arm) for arm in study["arms"]},
-        charts={path.stem: base64.b64encode(path.read_bytes()).decode() for path in charts},
+        sections=made,
+        titles=titles_of(study),
+        verdicts=_VERDICTS,
+        student=next((a for a in study["arms"] if a["method"] == "student"), study["arms"][0]),
+        charts={n: base64.b64encode(p.read_bytes()).decode() for n, p in charts.items()},
     )
 
 
@@ -150,5 +196,4 @@ def print_report(study: Mapping[str, Any]) -> None:
     console.print(shown, "")
     for note in footnotes(study):
         console.print(f"[dim]{note}[/dim]")
-    titles = {arm["name"]: title(arm) for arm in study["arms"]}
-    console.print("", *_example(study, titles), sep="\n", markup=False)
+    console.print("", *_example(study["example"], titles_of(study)), sep="\n", markup=False)

@@ -30,7 +30,7 @@ def plot_curves(
 
     Args:
         runs: rows of one run, or rows by the name of a run. Panels by layer are of one run only.
-        path: PNG to write.
+        path: PNG or SVG to write.
         panels: names of `PANELS`.
         styles: arguments of matplotlib's `plot` by the name of a run.
     """
@@ -53,7 +53,7 @@ def plot_curves(
         axes.grid(alpha=0.25)
         if (len(named) > 1 and place == 1) or PANELS[title][0].endswith("/"):
             axes.legend(fontsize=7)
-    figure.savefig(path)
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     return path
 
 

@@ -1,0 +1,208 @@
+"""What a report holds, in order: sections of notes, tables, charts and examples.
+
+Markdown and HTML are two renderings of the same sections; every number in them comes from
+study.json (and questions.npz) by this file and those it imports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from grace.study.answers import PAPER_R, EntropyError
+from grace.study.arms import FULL
+from grace.study.charts import title
+from grace.study.claims import SOURCE, Claim, signed
+from grace.study.comparisons import Comparison, counterpart
+from grace.study.plots import alignments
+from grace.study.resampling import DRAWS, Interval, Resampled
+
+Study = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Header and rows of text."""
+
+    header: list[str]
+    rows: list[list[str]]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading and what stands under it: tables first, then notes, charts (by name), examples."""
+
+    heading: str
+    tables: list[Table] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    charts: list[str] = field(default_factory=list)
+    examples: list[Mapping[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What is computed of a study, once, for its report."""
+
+    resampled: Resampled
+    comparisons: list[Comparison]
+    claims: list[Claim]
+    entropy: EntropyError | None
+
+
+def sections(study: Study, found: Findings) -> list[Section]:
+    """The sections that the study has something for."""
+    made = [
+        _intervals(study, found.resampled),
+        _kept(study, found.resampled),
+        _differences(study, found.comparisons),
+        _claims(found.claims),
+        _entropy(found.entropy),
+        _alignment(study),
+        _training(study),
+        _sweep(study),
+        _examples(study),
+    ]
+    return [section for section in made if section is not None]
+
+
+def titles_of(study: Study) -> dict[str, str]:
+    """What tables and charts call each arm."""
+    return {arm["name"]: title(arm) for arm in study["arms"]}
+
+
+def _shown(interval: Interval, digits: int = 0) -> str:
+    value, low, high = (f"{x:.{digits}f}" for x in (interval.value, interval.low, interval.high))
+    return f"{value} [{low}, {high}]"
+
+
+def _percent(interval: Interval) -> str:
+    return _shown(Interval(100 * interval.value, 100 * interval.low, 100 * interval.high), 1)
+
+
+def _intervals(study: Study, resampled: Resampled) -> Section:
+    """Every subtask's score and the total with 95 % intervals, and the spread over seeds."""
+    names = resampled.subtasks
+    rows = []
+    for arm in study["arms"]:
+        cells = [_shown(resampled.subtask(arm["name"], name)) for name in names]
+        spread = "" if arm["spread"] is None else f"{arm['spread']:.1f}"
+        total = _shown(resampled.total(arm["name"]))
+        rows.append([title(arm), *cells, total, spread, str(len(arm["seeds"]))])
+    seeds = max(len(arm["seeds"]) for arm in study["arms"])
+    notes = [
+        f"95 % intervals: {DRAWS:,} bootstrap draws of pairs of twin images with their questions, "
+        "within subtasks, and of seeds where an arm has several. The spread is the standard "
+        "deviation of the total between seeds.",
+    ]
+    if seeds < 5:
+        notes.append(
+            f"At most {seeds} seed{'s' if seeds > 1 else ''}: what another seed would change is "
+            + ("in no interval." if seeds == 1 else "known roughly; intervals may be too narrow.")
+        )
+    header = ["method", *names, "total", "spread", "seeds"]
+    return Section("Scores", [Table(header, rows)], notes, ["scores", "subtasks", "bits", "sizes"])
+
+
+def _kept(study: Study, resampled: Resampled) -> Section | None:
+    """What quantized arms keep of the student and of the same training without quantization."""
+    arms = study["arms"]
+    names, rows = titles_of(study), []
+    for arm in (arm for arm in arms if arm["bits"] != FULL):
+        plain = counterpart(arm, arms)
+        others = ["student", plain["name"] if plain else ""]
+        kept = [_percent(resampled.ratio(arm["name"], o)) if o in names else "" for o in others]
+        told = names[plain["name"]] if plain else ""
+        rows.append([title(arm), f"{arm['megabytes']:.2f}", *kept, told])
+    if not rows:
+        return None
+    header = ["method", "MB", "% of the student", "% of its counterpart", "counterpart"]
+    note = (
+        "Total score over that of the student as it comes, and of the counterpart, which is the "
+        "same but for quantization; MB are weights as served."
+    )
+    return Section("What is kept", [Table(header, rows)], [note])
+
+
+def _differences(study: Study, comparisons: Sequence[Comparison]) -> Section | None:
+    if not comparisons:
+        return None
+    names, rows = titles_of(study), []
+    for item in comparisons:
+        told, p = f"{names[item.arm]} − {names[item.to]}", item.difference.p
+        points = signed(item.difference)
+        rows.append([told, points, f"{p:.2g}", f"{item.adjusted:.2g}", item.verdict])
+    notes = [
+        "Total score of an arm minus another's, on the same drawn images and seeds. p: two-sided, "
+        f"at least {2 / (DRAWS + 1):.2g}; by Holm: for all comparisons at one number of bits "
+        "together. Above 0.05 by Holm the benchmark does not separate the two."
+    ]
+    header = ["difference", "points", "p", "p by Holm", "verdict"]
+    return Section("Paired differences", [Table(header, rows)], notes)
+
+
+def _claims(claims: Sequence[Claim]) -> Section:
+    rows = [[claim.text, claim.bits, claim.paper, claim.found, claim.verdict] for claim in claims]
+    notes = [
+        f"Claims of {SOURCE}, with its numbers (other models, averages of other benchmarks). A "
+        "difference holds, or does not, where p by Holm is at most 0.05; a share where the whole "
+        "interval is on one side of the paper's; a correlation where it is on one side of 0; CKA "
+        "where all seeds agree. The rules are those of grace.study.claims."
+    ]
+    header = ["claim", "bits", "the paper", "this study", "verdict"]
+    return Section("The paper's claims", [Table(header, rows)], notes)
+
+
+def _entropy(entropy: EntropyError | None) -> Section | None:
+    if entropy is None:
+        return None
+    asked = f"{entropy.errors} of {entropy.questions} answers wrong"
+    if entropy.r is None:
+        told = f"The teacher has {asked}: nothing can go with its entropy."
+    else:
+        told = (
+            f"Pearson's r of the entropy of the teacher's answer and its error: "
+            f"{_shown(entropy.r, 3)} ({asked}); the paper has {PAPER_R}."
+        )
+    charts = ["entropy"] if entropy.bins else []
+    return Section("The teacher's entropy and its errors", notes=[told], charts=charts)
+
+
+def _alignment(study: Study) -> Section | None:
+    known = alignments(study["arms"])
+    if not known:
+        return None
+    rows = [
+        [title(arm), f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}"]
+        for arm, before, after in known
+    ]
+    note = "CKA of visual tokens to the teacher's, mean over images and seeds."
+    header = ["method", "before", "after", "change"]
+    return Section("Alignment with the teacher", [Table(header, rows)], [note], ["cka"])
+
+
+def _training(study: Study) -> Section | None:
+    return Section("Training", charts=["curves", "beta"]) if any(study["curves"].values()) else None
+
+
+def _sweep(study: Study) -> Section | None:
+    notes = list(study.get("not_swept") or ())
+    sweep = study.get("sweep") or {}
+    if not sweep:
+        return Section("Learning rates", notes=notes) if notes else None
+    rates = sorted({rate for found in sweep.values() for rate in found["learning_rates"]})
+    rows = []
+    for method, found in sweep.items():
+        totals = dict(zip(found["learning_rates"], found["totals"], strict=True))
+        cells = [f"{totals[rate]:.0f}" if rate in totals else "" for rate in rates]
+        edge = " (at the edge)" if found.get("at_edge") else ""
+        rows.append([method, *cells, f"{found['chosen']:g}{edge}"])
+    header = ["method", *(f"{rate:g}" for rate in rates), "chosen"]
+    first = "Total on the validation split by learning rate; the best is taken."
+    return Section("Learning rates", [Table(header, rows)], [first, *notes], ["sweep"])
+
+
+def _examples(study: Study) -> Section | None:
+    shown = study.get("examples") or [study.get("example")]
+    shown = [example for example in shown if example]
+    return Section("Where methods disagree", examples=list(shown)) if shown else None

@@ -1,0 +1,237 @@
+"""Comparisons, claims and the report of made-up studies, with and without what is optional."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import made_studies as studies
+import numpy as np
+import pytest
+
+from grace.study import claims as c
+from grace.study.answers import entropy_error
+from grace.study.comparisons import ABOVE, BELOW, compare, counterpart, partners
+from grace.study.report import findings, write_report
+from grace.study.resampling import Resampled
+from grace.study.sections import sections
+
+SWEEP = {
+    "qat": {
+        "learning_rates": [1e-4, 1e-3],
+        "totals": [10.0, 20.0],
+        "chosen": 1e-3,
+        "at_edge": True,
+    }
+}
+
+
+def make_arms(**shares: float) -> list[dict[str, Any]]:
+    """Arms of a whole study; how often each is right may be set by method."""
+    random = np.random.default_rng(0)
+    usual = {"teacher": 0.95, "student": 0.8, "control": 0.82, "distil": 0.86, "rtn": 0.6}
+    usual |= {"gptq": 0.65, "awq": 0.64, "qat": 0.7, "kd": 0.72, "grace": 0.85}
+    usual |= {"grace-no-gate": 0.8, "grace-no-rcka": 0.84}
+    arms = []
+    for method, share in {**usual, **shares}.items():
+        trained = method not in ("teacher", "student", "rtn", "gptq", "awq")
+        low = method not in ("teacher", "student", "control", "distil")
+        right = studies.rights(random, share, seeds=2 if trained else 1, images=200)
+        name = f"{method}-4" if low else method
+        cka = (0.5, 0.9 if method == "grace" else 0.6)
+        arms.append(studies.arm(name, right, bits=4 if low else 32, trained=trained, cka=cka))
+    plain = studies.rights(random, 0.61, seeds=2, images=200)
+    arms.append(studies.arm("rtn-4-control", plain, bits=4, start="control"))
+    return arms
+
+
+def test_what_is_compared() -> None:
+    arms = make_arms()
+    by_name = {arm["name"]: arm for arm in arms}
+    names = lambda name: [a["name"] for a in partners(by_name[name], arms)]  # noqa: E731
+    assert names("teacher") == names("student") == []
+    assert names("control") == ["student"]
+    assert names("distil") == ["student", "control"]
+    assert names("rtn-4") == ["student"]
+    assert names("awq-4") == ["student", "rtn-4"]
+    assert names("rtn-4-control") == ["control"]
+    ptq = ["rtn-4", "gptq-4", "awq-4"]
+    assert names("qat-4") == ["student", "control", *ptq]
+    variants = ["grace-no-gate-4", "grace-no-rcka-4"]
+    assert names("grace-4") == ["student", "control", *ptq, "qat-4", "kd-4", *variants]
+    assert names("grace-no-gate-4") == ["student", "control", *ptq, "qat-4", "kd-4"]
+    kept = {name: (counterpart(by_name[name], arms) or {}).get("name") for name in by_name}
+    assert (kept["rtn-4"], kept["rtn-4-control"]) == ("student", "control")
+    assert (kept["qat-4"], kept["grace-4"], kept["grace-no-gate-4"]) == (
+        "control", "distil", "distil",
+    )  # fmt: skip
+
+
+def test_verdicts_are_of_a_family_at_one_number_of_bits() -> None:
+    arms = make_arms()
+    found = compare(arms, Resampled(arms, draws=4000))
+    by_pair = {(item.arm, item.to): item for item in found}
+    assert by_pair["grace-4", "rtn-4"].verdict == ABOVE
+    assert by_pair["rtn-4", "student"].verdict == BELOW
+    assert by_pair["awq-4", "rtn-4"].adjusted >= by_pair["awq-4", "rtn-4"].difference.p
+    low = [item for item in found if item.bits == 4]
+    assert max(item.adjusted for item in low) <= 1
+    smallest = min(low, key=lambda item: item.difference.p)
+    assert smallest.adjusted == pytest.approx(min(1, len(low) * smallest.difference.p))
+    assert {item.bits for item in found} == {4, 32}
+
+
+def verdicts(arms: list[dict[str, Any]], entropy: Any = None) -> dict[str, str]:
+    resampled = Resampled(arms, draws=4000)
+    made = c.claims(arms, compare(arms, resampled), resampled, entropy)
+    return {claim.text: claim.verdict for claim in made}
+
+
+def test_claims_hold_where_the_numbers_say_so() -> None:
+    answers = studies.questions(np.random.default_rng(1))
+    found = verdicts(make_arms(), entropy_error({}, answers))
+    assert found["GRACE is above round-to-nearest"] == c.HOLDS
+    assert found["GRACE is above AWQ"] == c.HOLDS
+    assert found["GRACE is above QAT without a teacher"] == c.HOLDS
+    assert found["relational alignment (RCKA) helps"] == c.UNSEPARATED
+    assert found["scales of groups are above scales of rows"] == c.ABSENT
+    assert found["the teacher errs where its entropy is high"] == c.HOLDS
+    assert found["RCKA brings visual tokens nearer to the teacher's (CKA)"] == c.HOLDS
+
+
+def test_claims_fail_where_the_numbers_say_the_opposite() -> None:
+    found = verdicts(make_arms(grace=0.4))
+    assert found["GRACE is above round-to-nearest"] == c.FAILS
+    assert found["the confidence gate helps"] == c.FAILS
+    assert found["quantized GRACE keeps 97.8% of the distilled student"] == c.FAILS
+    assert found["the teacher errs where its entropy is high"] == c.ABSENT
+    even = verdicts(make_arms(rtn=0.85, distil=0.6))
+    assert even["GRACE is above round-to-nearest"] == c.UNSEPARATED
+    assert even["quantized GRACE keeps 97.8% of the distilled student"] == c.HOLDS
+    assert even["distillation is above training on without a teacher, unquantized"] == c.FAILS
+
+
+def test_the_numbers_decide_and_nothing_else() -> None:
+    """The paper's own numbers stand at its bits only, and verdicts follow intervals."""
+    arms = make_arms()
+    for item in make_arms():
+        if item["bits"] == 4:
+            arms.append({**item, "name": item["name"].replace("-4", "-3"), "bits": 3})
+    resampled = Resampled(arms, draws=1000)
+    made = c.claims(arms, compare(arms, resampled), resampled, None)
+    above = [claim for claim in made if claim.text == "GRACE is above round-to-nearest"]
+    assert [(claim.bits, claim.paper) for claim in above] == [("4", "67.2 and 65.2"), ("3", "")]
+    interval = resampled.ratio("grace-4", "distil")
+    assert c.side_of(interval, interval.low) == c.HOLDS
+    assert c.side_of(interval, interval.high) == c.UNSEPARATED
+    assert c.side_of(interval, interval.high + 1e-6) == c.FAILS
+
+
+def write(folder: Path, study: dict[str, Any], answers: Any = None, **options: Any) -> list[Path]:
+    folder.mkdir()
+    (folder / "study.json").write_text(json.dumps(study))
+    if answers is not None:
+        np.savez(folder / "questions.npz", **answers)
+    return write_report(folder / "study.json", **options)
+
+
+@pytest.fixture(scope="module")
+def whole() -> dict[str, Any]:
+    arms = make_arms()
+    curve = [{"step": step, "ce": 1 / step, "beta": 0.1 * step} for step in (1, 2, 3)]
+    betas = {"grace-4": {"0": [[1, 0.1], [2, 0.2]], "1": [[1, 0.1], [2, 0.15]]}}
+    shown = studies.study(arms)["example"]
+    return studies.study(
+        arms,
+        curves={"grace-4": curve},
+        betas=betas,
+        sweep=SWEEP,
+        not_swept=["Nothing else is swept."],
+        examples=[shown, {**shown, "question": "Another?", "image": studies.png("blue")}],
+    )
+
+
+def test_the_report_holds_everything_and_stands_alone(whole: dict, tmp_path: Path) -> None:
+    answers = studies.questions(np.random.default_rng(1))
+    files = write(tmp_path / "run", whole, answers, svg=True)
+    charts = {"scores", "subtasks", "bits", "sizes", "curves", "beta", "entropy", "cka", "sweep"}
+    assert {file.stem for file in files if file.suffix == ".png"} == charts
+    assert {file.stem for file in files if file.suffix == ".svg"} == charts
+    html = (tmp_path / "run" / "report.html").read_text()
+    sources = re.findall(r'(?:src|href)="([^"]*)"', html)
+    assert len(sources) == len(charts) + 2
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    assert not re.search(r"https?://|url\(|@import|<script|<link", html)
+    assert "Is it? &lt;b&gt;" in html
+    markdown = (tmp_path / "run" / "report.md").read_text()
+    for name in charts:
+        assert f"![{name}]({name}.png)" in markdown
+    for text in (
+        "## Paired differences", "## The paper's claims", "| GRACE is above round-to-nearest | 4 |",
+        "Pearson's r", "the paper has 0.484", "0.001 (at the edge)", "Nothing else is swept.",
+        "| GRACE, 4 bits | 0.500 | 0.900 | +0.400 |", "Another?", "At most 2 seeds",
+    ):  # fmt: skip
+        assert text in markdown, text
+
+
+def test_every_byte_comes_from_the_study_s_files(whole: dict, tmp_path: Path) -> None:
+    answers = studies.questions(np.random.default_rng(1))
+    first, second = (write(tmp_path / name, whole, answers, svg=True) for name in "ab")
+    for one, other in zip(first, second, strict=True):
+        assert one.read_bytes() == other.read_bytes(), one.name
+
+
+def test_numbers_in_the_tables_are_the_study_s(whole: dict) -> None:
+    found = findings(whole)
+    tables = {s.heading: s.tables[0] for s in sections(whole, found) if s.tables}
+    totals = {row[0]: row[3] for row in tables["Scores"].rows}
+    for arm in whole["arms"]:
+        name = arm["label"] if arm["bits"] == 32 else f"{arm['label']}, 4 bits"
+        assert totals[name].startswith(f"{arm['total']:.0f} [")
+    by_name = {arm["name"]: arm["total"] for arm in whole["arms"]}
+    kept = {row[0]: row[2:4] for row in tables["What is kept"].rows}
+    share = 100 * by_name["grace-4"] / by_name["distil"]
+    assert kept["GRACE, 4 bits"][1].startswith(f"{share:.1f} [")
+    points = by_name["grace-4"] - by_name["rtn-4"]
+    differences = {row[0]: row for row in tables["Paired differences"].rows}
+    row = differences["GRACE, 4 bits − RTN, 4 bits"]
+    assert row[1].startswith(f"{round(points):+d} [")
+    assert row[4] == ABOVE
+
+
+def test_a_study_with_nothing_optional(tmp_path: Path) -> None:
+    right = studies.rights(np.random.default_rng(0), 0.7, images=6)
+    arms = [studies.arm("student", right), studies.arm("rtn-4", right, bits=4)]
+    for arm in arms:
+        del arm["start"], arm["cka"]
+        for seed in arm["seeds"]:
+            del seed["cka"]
+    files = write(tmp_path / "run", studies.study(arms))
+    assert {file.stem for file in files} == {"report", "scores", "subtasks", "bits", "sizes"}
+    markdown = (tmp_path / "run" / "report.md").read_text()
+    assert "| RTN, 4 bits − STUDENT | +0 [+0, +0] | 1 | 1 | not separated |" in markdown
+    assert "entropy and its errors" not in markdown
+    assert "in no interval" in markdown
+
+
+def test_a_teacher_without_errors_has_no_correlation(whole: dict) -> None:
+    summary = {"questions": 50, "errors": 0, "mean": 0.1, "r": None}
+    found = entropy_error({"teacher_entropy": summary}, None)
+    assert found is not None
+    assert found.r is None
+    made = findings({**whole, "teacher_entropy": summary})
+    notes = [s.notes for s in sections(whole, made) if s.heading.startswith("The teacher")]
+    assert notes == [["The teacher has 0 of 50 answers wrong: nothing can go with its entropy."]]
+    known = entropy_error({"teacher_entropy": {**summary, "errors": 9, "r": 0.4}}, None)
+    assert known is not None
+    assert known.r is not None
+    assert known.r.low < 0.4 < known.r.high
+
+
+def test_a_questions_file_that_is_none(whole: dict, tmp_path: Path) -> None:
+    (tmp_path / "study.json").write_text(json.dumps(whole))
+    (tmp_path / "questions.npz").write_text("dear")
+    with pytest.raises(ValueError, match=r"questions.npz must hold arrays"):
+        write_report(tmp_path)

@@ -1,0 +1,143 @@
+"""Intervals, p values and correlations against closed forms, and where the truth is known."""
+
+from __future__ import annotations
+
+import made_studies as studies
+import numpy as np
+import pytest
+
+from grace.study.answers import disagreements, fisher_interval, pearson
+from grace.study.resampling import Resampled, cluster_counts, holm, p_value
+from grace.study.statistics import pair_scores, paired_difference, total_error
+
+
+def test_the_interval_is_that_of_the_standard_error() -> None:
+    right = studies.rights(np.random.default_rng(0), 0.7, images=800)
+    found = Resampled([studies.arm("rtn-4", right, bits=4)])
+    total = found.total("rtn-4")
+    values = [pair_scores(right[0][name]) for name in ("existence", "count")]
+    assert total.value == pytest.approx(sum(v.mean() for v in values))
+    width = 1.96 * total_error(right)
+    assert total.high - total.value == pytest.approx(width, rel=0.06)
+    assert total.value - total.low == pytest.approx(width, rel=0.06)
+    part = found.subtask("rtn-4", "count")
+    assert part.high - part.low == pytest.approx(2 * 1.96 * values[1].std() / 20, rel=0.06)
+
+
+def test_differences_are_paired_by_image() -> None:
+    random = np.random.default_rng(1)
+    one = studies.rights(random, 0.7, images=400)
+    other = [{name: digits[:-20] + "0" * 20 for name, digits in one[0].items()}]
+    far = studies.rights(random, 0.7, images=400)
+    arms = [studies.arm(n, r) for n, r in (("a", one), ("b", other), ("c", far), ("d", one))]
+    found = Resampled(arms)
+    near, apart = found.difference("a", "b"), found.difference("a", "c")
+    points, error = paired_difference(one, other)
+    assert near.value == pytest.approx(points)
+    assert near.high - near.low == pytest.approx(2 * 1.96 * error, rel=0.1)
+    assert near.high - near.low < 0.5 * (apart.high - apart.low)
+    same = found.difference("a", "d")
+    assert (same.value, same.low, same.high, same.p) == (0, 0, 0, 1)
+    assert found.difference("b", "a").value == -near.value
+
+
+def test_seeds_widen_by_the_standard_error_of_their_mean() -> None:
+    """Without spread over images all of it is between seeds: s²/n, not (n − 1)/n of it."""
+    digits = ("2222", "1111", "2222", "0000")
+    right = [{"count": digit} for digit in digits]
+    found = Resampled([studies.arm("qat-4", right, bits=4, trained=True)], draws=40_000)
+    totals = np.array([200.0, 50.0, 200.0, 0.0])
+    drawn = found._total("qat-4")
+    assert drawn.mean() == pytest.approx(totals.mean(), abs=2)
+    assert drawn.var() == pytest.approx(totals.var(ddof=1) / 4, rel=0.03)
+
+
+def test_arms_of_the_same_seeds_are_paired_by_seed() -> None:
+    right = [{"count": digit} for digit in ("2222", "1111", "0000")]
+    less = [{"count": digit} for digit in ("2212", "1101", "0000")]
+    found = Resampled([studies.arm(n, r, trained=True) for n, r in (("a", right), ("b", less))])
+    difference, alone = found.difference("a", "b"), found.total("a")
+    assert difference.high - difference.low < 0.6 * (alone.high - alone.low)
+
+
+@pytest.mark.parametrize(("seeds", "least"), [(1, 0.92), (6, 0.88)])
+def test_the_truth_is_in_95_percent_of_the_intervals(seeds: int, least: float) -> None:
+    """Studies drawn from a known distribution: twins share a difficulty, seeds have an effect."""
+    random, hits, low_p, times = np.random.default_rng(2), 0, 0, 250
+    effect = 0.05 if seeds > 1 else 0.0
+    # E[points of an image] = 100 p + 100 p², at p = share + difficulty + seed's effect.
+    spread = 0.15**2 + effect**2
+    truth = {share: 100 * share + 100 * (share**2 + spread) for share in (0.5, 0.6)}
+    for _ in range(times):
+        hard = np.repeat(random.choice([-0.15, 0.15], 60), 2)
+        arms = []
+        for name, share in (("a", 0.6), ("b", 0.5), ("c", 0.5)):
+            rows = []
+            for _ in range(seeds):
+                shift = effect * random.choice([-1, 1])
+                counts = random.binomial(2, share + hard + shift)
+                rows.append({"count": "".join(map(str, counts))})
+            arms.append(studies.arm(name, rows, trained=True))
+        found = Resampled(arms, draws=400, seed=int(random.integers(1 << 30)))
+        difference = found.difference("a", "b")
+        hits += difference.low <= truth[0.6] - truth[0.5] <= difference.high
+        low_p += found.difference("b", "c").p <= 0.05
+    assert least <= hits / times <= 0.985
+    assert 0.01 <= low_p / times <= 0.13
+
+
+def test_p_values_by_hand() -> None:
+    assert p_value(np.array([1.0] * 99)) == pytest.approx(2 / 100)
+    assert p_value(np.array([1.0] * 90 + [-1.0] * 9)) == pytest.approx(20 / 100)
+    assert p_value(np.zeros(99)) == 1.0
+    np.testing.assert_allclose(holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])
+    np.testing.assert_allclose(holm([0.5, 0.6]), [1.0, 1.0])
+    assert holm([]) == []
+
+
+def test_clusters_are_drawn_with_replacement() -> None:
+    counts = cluster_counts(50, 4000, np.random.default_rng(3))
+    assert (counts.sum(1) == 50).all()
+    assert counts.mean(0) == pytest.approx(1.0, abs=0.08)
+    assert counts.var() == pytest.approx(1 - 1 / 50, rel=0.03)
+
+
+def test_pearson_and_its_interval() -> None:
+    random = np.random.default_rng(4)
+    x = random.normal(size=400)
+    y = 0.5 * x + np.sqrt(0.75) * random.normal(size=400)
+    found = pearson(x, y, np.arange(400))
+    assert found is not None
+    assert found.value == pytest.approx(np.corrcoef(x, y)[0, 1])
+    closed = fisher_interval(found.value, 400)
+    assert found.low == pytest.approx(closed.low, abs=0.02)
+    assert found.high == pytest.approx(closed.high, abs=0.02)
+    twice = pearson(np.repeat(x, 4), np.repeat(y, 4), np.repeat(np.arange(400), 4))
+    assert twice is not None  # four copies of each are no more than one
+    assert twice.high - twice.low == pytest.approx(found.high - found.low, rel=0.1)
+    assert pearson(x, np.zeros(400), np.arange(400)) is None
+
+
+def test_fisher_s_interval_by_hand() -> None:
+    found = fisher_interval(0.5, 28)
+    assert (found.low, found.high) == pytest.approx((0.1559, 0.7368), abs=1e-3)
+    assert fisher_interval(1.0, 28).low == 1.0
+
+
+def test_a_total_of_nothing_has_no_share() -> None:
+    zero, one = [{"count": "0000"}], [{"count": "2200"}]
+    found = Resampled([studies.arm("a", one), studies.arm("b", zero)])
+    assert np.isnan(found.ratio("a", "b").value)
+    assert found.ratio("b", "a").value == 0
+    assert found.ratio("a", "a").value == 1
+
+
+def test_disagreements_go_around_the_subtasks() -> None:
+    answers = studies.questions(np.random.default_rng(5))
+    chosen = disagreements(answers, ["rtn-4-s0", "grace-4-s0"], count=4)
+    assert len(set(chosen)) == 4
+    assert [answers["subtask"][i] for i in chosen].count("count") == 2
+    for index in chosen:
+        assert answers["said.rtn-4-s0"][index] != answers["said.grace-4-s0"][index]
+        assert answers["right.teacher-s0"][index]
+    assert disagreements(answers, ["rtn-4-s0", "rtn-4-s0"]) == []
