@@ -153,19 +153,25 @@ def whole() -> dict[str, Any]:
     )
 
 
-def test_the_report_holds_everything_and_stands_alone(whole: dict, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def run(whole: dict, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Files of the report."""
     answers = studies.questions(np.random.default_rng(1))
-    files = write(tmp_path / "run", whole, answers, svg=True)
+    return write(tmp_path_factory.mktemp("report") / "run", whole, answers, svg=True)
+
+
+def test_the_report_holds_everything_and_stands_alone(run: list[Path]) -> None:
+    files, folder = run, run[0].parent
     charts = {"scores", "subtasks", "bits", "sizes", "curves", "beta", "entropy", "cka", "sweep"}
     assert {file.stem for file in files if file.suffix == ".png"} == charts
     assert {file.stem for file in files if file.suffix == ".svg"} == charts
-    html = (tmp_path / "run" / "report.html").read_text()
+    html = (folder / "report.html").read_text()
     sources = re.findall(r'(?:src|href)="([^"]*)"', html)
     assert len(sources) == len(charts) + 2
     assert all(source.startswith("data:image/png;base64,") for source in sources)
     assert not re.search(r"https?://|url\(|@import|<script|<link", html)
     assert "Is it? &lt;b&gt;" in html
-    markdown = (tmp_path / "run" / "report.md").read_text()
+    markdown = (folder / "report.md").read_text()
     for name in charts:
         assert f"![{name}]({name}.png)" in markdown
     for text in (
@@ -176,11 +182,12 @@ def test_the_report_holds_everything_and_stands_alone(whole: dict, tmp_path: Pat
         assert text in markdown, text
 
 
-def test_every_byte_comes_from_the_study_s_files(whole: dict, tmp_path: Path) -> None:
-    answers = studies.questions(np.random.default_rng(1))
-    first, second = (write(tmp_path / name, whole, answers, svg=True) for name in "ab")
-    for one, other in zip(first, second, strict=True):
-        assert one.read_bytes() == other.read_bytes(), one.name
+def test_every_byte_comes_from_the_study_s_files(run: list[Path], tmp_path: Path) -> None:
+    for name in ("study.json", "questions.npz"):
+        (tmp_path / name).write_bytes((run[0].parent / name).read_bytes())
+    for file in write_report(tmp_path):
+        assert file.read_bytes() == (run[0].parent / file.name).read_bytes(), file.name
+    assert not re.search(r"<dc:date>", (run[0].parent / "curves.svg").read_text())
 
 
 def test_numbers_in_the_tables_are_the_study_s(whole: dict) -> None:
