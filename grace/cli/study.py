@@ -15,12 +15,13 @@ def _group() -> None:
 
 @app.command()
 def report(
-    run_dir: Annotated[Path, typer.Argument(help="Directory that holds study.json.")],
+    run_dir: Annotated[Path, typer.Argument(help="Directory that holds study.json, or the file.")],
+    svg: Annotated[bool, typer.Option("--svg", help="Charts as SVG, too.")] = False,
 ) -> None:
-    """Make the table, the charts and report.html anew, from study.json alone."""
+    """Make report.md, the charts and report.html anew, from study.json (and questions.npz)."""
     from grace.study.report import print_report, read_study, write_report
 
     study = read_study(run_dir)
-    files = write_report(run_dir)
+    files = write_report(run_dir, svg=svg)
     print_report(study)
     typer.echo("\n".join(map(str, files)))
