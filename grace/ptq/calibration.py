@@ -19,6 +19,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]  # arguments of a module
 
 
+VALID = "valid_tokens"  # of a batch: bool [B, S], where its attention_mask does not say it
+
+
 class Reached(Exception):
     """What was to be seen of a forward has been seen: the rest of it is left out."""
 
@@ -124,7 +127,7 @@ class Calibration:
         hooks = []
         for place, layer in enumerate(self.layers):
             hooks += _caught(layer, place, calls, outputs, last=place == len(self.layers) - 1)
-        given = {name: value for name, value in batch.items() if name != "labels"}
+        given = {name: value for name, value in batch.items() if name not in ("labels", VALID)}
         given = tree_map(self._as_model, given)
         try:
             with suppress(Reached):
@@ -137,7 +140,8 @@ class Calibration:
                 f"ptq: model must run its {len(self.layers)} decoder layers in order, once each, "
                 f"got {len(outputs)} of them"
             )
-        sample = self._sample(calls, outputs, given.get("attention_mask"))
+        valid = batch.get(VALID, batch.get("attention_mask"))
+        sample = self._sample(calls, outputs, self._as_model(valid))
         if not all(bool(sample.rows(out).isfinite().all()) for out in outputs):
             raise ValueError(f"ptq: hidden states of batch {number} must be finite, got NaN or Inf")
         return sample

@@ -50,7 +50,8 @@ def quantize(
             weights change; so do, with ``awq``, the norms that scales are folded into.
         method: "rtn": round to nearest; "gptq": `grace.ptq.gptq`; "awq": `grace.ptq.awq`.
         batches: keyword arguments of the model's forward, images among them, to calibrate with;
-            labels are left out, padding (``attention_mask`` [B, S]) does not count. Not for rtn.
+            labels are left out, padding does not count: zeros of ``attention_mask`` [B, S] or of
+            ``valid_tokens`` [B, S], which the model does not get. Not for rtn.
         bits: 2 to 8.
         group_size: columns that share a scale; -1: a whole row.
         scale_dtype: grid of the scales; None keeps them float32.

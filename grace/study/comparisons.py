@@ -50,8 +50,9 @@ def partners(arm: Arm, arms: Sequence[Arm]) -> list[Arm]:
     """What an arm is compared with.
 
     One that trains: the arms of its bits that do not; the student, as it comes and trained on;
-    QAT and QAT + KD where they stand before it; and, GRACE, each of its variants. One that does
-    not: the model it starts from, and round-to-nearest.
+    QAT and QAT + KD where they stand before it; and, GRACE, each of its variants. A variant: the
+    student trained on, beside GRACE, which is compared with it. One that does not train: the model
+    it starts from, and round-to-nearest.
     """
     before = arms[: [a["name"] for a in arms].index(arm["name"])]
     alike = [a for a in before if a["bits"] == arm["bits"]]
@@ -61,8 +62,12 @@ def partners(arm: Arm, arms: Sequence[Arm]) -> list[Arm]:
         start = [a for a in arms if a["name"] == start_of(arm) and a["name"] != arm["name"]]
         plain = [a for a in alike if a["method"] == "rtn" and start_of(a) == start_of(arm)]
         return start + plain
+    if any(arm["method"].startswith(f"{a['method']}-") for a in alike):
+        return [a for a in arms if a["method"] == "control"]
     full = [a for a in arms if a["method"] in ("student", "control") and a not in (arm, *alike)]
-    own = alike if arm["bits"] == _full(arms) else [a for a in alike if _is_base(a)]
+    untrained = [a for a in arms if a["bits"] == arm["bits"] and not a["trained"]]
+    base = [a for a in alike if a["trained"] and a["method"] in ("qat", "kd")]
+    own = alike if arm["bits"] == _full(arms) else [*untrained, *base]
     variants = [a for a in arms if a["method"].startswith(f"{arm['method']}-")]
     found = [*full, *own, *(a for a in variants if a["bits"] == arm["bits"])]
     return [a for a in found if a["method"] != "teacher"]
@@ -86,7 +91,3 @@ def counterpart(arm: Arm, arms: Sequence[Arm]) -> Arm | None:
 
 def _full(arms: Sequence[Arm]) -> int:
     return max(arm["bits"] for arm in arms)
-
-
-def _is_base(arm: Arm) -> bool:
-    return not arm["trained"] or arm["method"] in ("qat", "kd")

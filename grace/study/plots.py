@@ -26,7 +26,11 @@ def further_charts(
         ("bits", bool(low), lambda path: _bits(arms, resampled, path)),
         ("sizes", bool(low), lambda path: _sizes(arms, resampled, path)),
         ("beta", bool(betas), lambda path: _betas(arms, betas, path)),
-        ("entropy", bool(entropy and entropy.bins), lambda path: _entropy(entropy, path)),
+        (
+            "entropy",
+            bool(entropy and entropy.bins and entropy.r),
+            lambda path: _entropy(entropy, path),
+        ),
         ("cka", bool(alignments(arms)), lambda path: _cka(arms, path)),
         ("sweep", bool(study.get("sweep")), lambda path: _sweep(study["sweep"], path)),
     ]
@@ -135,7 +139,8 @@ def _sizes(arms: Sequence[Arm], resampled: Resampled, path: Path) -> None:
         )  # fmt: skip
     for bits, shape in shapes.items():
         axes.plot([], [], "k" + shape, label=_bits_label(bits, full), linestyle="none")
-    for arm in {a["method"]: a for a in arms if "-" not in a["method"]}.values():
+    firsts = {a["method"]: a for a in reversed(arms) if "-" not in a["method"]}
+    for arm in reversed(firsts.values()):
         axes.plot([], [], color=color_of(arm["method"]), linewidth=4, label=arm["label"])
     _log_axis(axes)
     axes.set_xlabel("MB of weights as served", fontsize=9)

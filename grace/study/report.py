@@ -115,7 +115,12 @@ def footnotes(study: Mapping[str, Any]) -> list[str]:
         f"questions about {drawn['images']} drawn images; ± is one standard error over images.",
         f"Trained arms: {seeds} seed{'s' if seeds > 1 else ''}, {config['steps']} steps of "
         f"{config['batch_images']} images with {config['questions_per_image']} questions each, the "
-        "same data for all; how each method was tuned stands in studies/quickstart/sweep.md."
+        "same data for all; "
+        + (
+            "learning rates were swept, see below."
+            if study.get("sweep")
+            else "how each method was tuned stands in studies/quickstart/sweep.md."
+        )
         + (" One seed: the spread between seeds is not known." if seeds == 1 else ""),
         "MB: weights as served, quantized layers at their bits with bf16 scales, the rest bf16.",
     ]

@@ -18,6 +18,7 @@ import numpy as np
 from grace.study.statistics import pair_scores
 
 DRAWS = 10_000
+_MOST = 200.0  # of a subtask
 _CHUNK = 1 << 22  # counts in work at once
 
 
@@ -71,11 +72,12 @@ class Resampled:
 
     def total(self, name: str) -> Interval:
         """An arm's sum over subtasks."""
-        return _interval(self._total(name), self._sum(name))
+        return _within(_interval(self._total(name), self._sum(name)), _MOST * len(self.subtasks))
 
     def subtask(self, name: str, subtask: str) -> Interval:
         """An arm's score in a subtask."""
-        return _interval(self._draws[name][subtask], self.scores[name][subtask])
+        drawn = _interval(self._draws[name][subtask], self.scores[name][subtask])
+        return _within(drawn, _MOST)
 
     def ratio(self, name: str, other: str) -> Interval:
         """An arm's total over another's; NaN where that has none."""
@@ -153,6 +155,11 @@ def _with_seeds(drawn: np.ndarray, chosen: np.ndarray) -> np.ndarray:
         return mean
     again = np.take_along_axis(drawn, chosen, axis=1).mean(1)
     return mean + np.sqrt(seeds / (seeds - 1)) * (again - mean)
+
+
+def _within(interval: Interval, most: float) -> Interval:
+    """No score is below 0 or above the most there is, widened draws or not."""
+    return Interval(interval.value, max(0.0, interval.low), min(most, interval.high))
 
 
 def _interval(drawn: np.ndarray, value: float) -> Interval:

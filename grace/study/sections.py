@@ -164,8 +164,7 @@ def _entropy(entropy: EntropyError | None) -> Section | None:
             f"Pearson's r of the entropy of the teacher's answer and its error: "
             f"{_shown(entropy.r, 3)} ({asked}); the paper has {PAPER_R}."
         )
-    charts = ["entropy"] if entropy.bins else []
-    return Section("The teacher's entropy and its errors", notes=[told], charts=charts)
+    return Section("The teacher's entropy and its errors", notes=[told], charts=["entropy"])
 
 
 def _alignment(study: Study) -> Section | None:

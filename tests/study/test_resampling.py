@@ -86,6 +86,13 @@ def test_the_truth_is_in_95_percent_of_the_intervals(seeds: int, least: float) -
     assert 0.01 <= low_p / times <= 0.13
 
 
+def test_no_interval_goes_beyond_what_there_is() -> None:
+    right = [{"count": digits} for digits in ("2222222221", "2222222222", "2222222211")]
+    found = Resampled([studies.arm("qat-4", right, bits=4, trained=True)])
+    for interval in (found.total("qat-4"), found.subtask("qat-4", "count")):
+        assert interval.low < interval.value <= interval.high <= 200
+
+
 def test_p_values_by_hand() -> None:
     assert p_value(np.array([1.0] * 99)) == pytest.approx(2 / 100)
     assert p_value(np.array([1.0] * 90 + [-1.0] * 9)) == pytest.approx(20 / 100)
