@@ -156,12 +156,16 @@ def _objective(
 
         return of_outputs
     block = layer.get_submodule(group.block)
-    wanted = [_output(block, sample, call, device) for sample, call in observed.calls]
+    wanted = [
+        _output(block, sample, call, device).to(sample.hidden.device)  # where samples wait
+        for sample, call in observed.calls
+    ]
 
     def of_block() -> float:
         total = torch.zeros((), device=device, dtype=torch.float64)
         for (sample, call), exact in zip(observed.calls, wanted, strict=True):
-            total += (_output(block, sample, call, device) - exact).square().sum()
+            found = _output(block, sample, call, device).float()
+            total += (found - exact.to(device)).square().sum()
         return float(total)
 
     return of_block
@@ -171,7 +175,7 @@ def _output(block: nn.Module, sample: Sample, call: Inputs, device: torch.device
     args, kwargs = torch.utils._pytree.tree_map(
         lambda x: x.to(device) if isinstance(x, Tensor) else x, call
     )
-    return sample.rows(first_tensor(block(*args, **kwargs))).float()
+    return sample.rows(first_tensor(block(*args, **kwargs)))
 
 
 def apply_scale(layer: nn.Module, group: Group, observed: Observed, scale: Tensor) -> None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from grace.study.answers import PAPER_R, EntropyError
+from grace.study.arms import FULL
 from grace.study.comparisons import ABOVE, BELOW, Comparison
 from grace.study.resampling import Interval, Resampled
 
@@ -63,18 +64,17 @@ def claims(
 ) -> list[Claim]:
     """All claims, those about quantized models once for each number of bits."""
     methods = {(a["method"], a["bits"]): a for a in arms if a.get("start", "student") == "student"}
-    full = max(arm["bits"] for arm in arms)
-    low = sorted({arm["bits"] for arm in arms if arm["bits"] != full}, reverse=True)
+    low = sorted({arm["bits"] for arm in arms if arm["bits"] != FULL}, reverse=True)
     by_pair = {(c.arm, c.to): c for c in comparisons}
     found = []
     for one, other, text, paper in _ABOVE:
         for bits in low:
-            to = methods.get((other, bits)) or methods.get((other, full))
+            to = methods.get((other, bits)) or methods.get((other, FULL))
             arm = methods.get((one, bits))
             compared = by_pair.get((arm["name"], to["name"])) if arm and to else None
             found.append(_above(text, paper if bits == _PAPER_BITS else "", str(bits), compared))
     found += _fairer(arms, by_pair)
-    found += [_keeps(methods, resampled, bits, full) for bits in low if bits in _KEEPS]
+    found += [_keeps(methods, resampled, bits) for bits in low if bits in _KEEPS]
     text = "distillation is above training on without a teacher, unquantized"
     found.append(_above(text, "76.7 and 67.3", "16", by_pair.get(("distil", "control"))))
     found.append(_entropy(entropy))
@@ -113,13 +113,13 @@ def signed(interval: Interval) -> str:
 
 
 def _keeps(
-    methods: Mapping[tuple[str, int], Mapping[str, Any]], resampled: Resampled, bits: int, full: int
+    methods: Mapping[tuple[str, int], Mapping[str, Any]], resampled: Resampled, bits: int
 ) -> Claim:
     quantized, plain = _KEEPS[bits]
     share = quantized / plain
     text = f"quantized GRACE keeps {share:.1%} of the distilled student"
     paper = f"{quantized} of {plain}"
-    arm, other = methods.get(("grace", bits)), methods.get(("distil", full))
+    arm, other = methods.get(("grace", bits)), methods.get(("distil", FULL))
     if arm is None or other is None:
         return Claim(text, paper, str(bits), "", ABSENT)
     kept = resampled.ratio(arm["name"], other["name"])

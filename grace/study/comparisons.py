@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from grace.study.arms import FULL
 from grace.study.resampling import Difference, Resampled, holm
 
 LEVEL = 0.05
@@ -54,23 +55,30 @@ def partners(arm: Arm, arms: Sequence[Arm]) -> list[Arm]:
     student trained on, beside GRACE, which is compared with it. One that does not train: the model
     it starts from, and round-to-nearest.
     """
-    before = arms[: [a["name"] for a in arms].index(arm["name"])]
-    alike = [a for a in before if a["bits"] == arm["bits"]]
     if arm["method"] == "teacher":
         return []
+    before = arms[: [a["name"] for a in arms].index(arm["name"])]
+    alike = [a for a in before if a["bits"] == arm["bits"] and a["method"] != "teacher"]
     if not arm["trained"]:
         start = [a for a in arms if a["name"] == start_of(arm) and a["name"] != arm["name"]]
         plain = [a for a in alike if a["method"] == "rtn" and start_of(a) == start_of(arm)]
         return start + plain
+    if arm["bits"] == FULL:
+        return alike
     if any(arm["method"].startswith(f"{a['method']}-") for a in alike):
         return [a for a in arms if a["method"] == "control"]
-    full = [a for a in arms if a["method"] in ("student", "control") and a not in (arm, *alike)]
-    untrained = [a for a in arms if a["bits"] == arm["bits"] and not a["trained"]]
-    base = [a for a in alike if a["trained"] and a["method"] in ("qat", "kd")]
-    own = alike if arm["bits"] == _full(arms) else [*untrained, *base]
-    variants = [a for a in arms if a["method"].startswith(f"{arm['method']}-")]
-    found = [*full, *own, *(a for a in variants if a["bits"] == arm["bits"])]
-    return [a for a in found if a["method"] != "teacher"]
+    return _partners_of_trained(arm, arms, alike)
+
+
+def _partners_of_trained(arm: Arm, arms: Sequence[Arm], alike: Sequence[Arm]) -> list[Arm]:
+    """Of a quantized arm that trains and is no variant; `alike` stand before it at its bits."""
+    own = [a for a in arms if a["bits"] == arm["bits"]]
+    return [
+        *(a for a in arms if a["method"] in ("student", "control")),
+        *(a for a in own if not a["trained"]),
+        *(a for a in alike if a["method"] in ("qat", "kd")),
+        *(a for a in own if a["method"].startswith(f"{arm['method']}-")),
+    ]
 
 
 def start_of(arm: Arm) -> str:
@@ -87,7 +95,3 @@ def counterpart(arm: Arm, arms: Sequence[Arm]) -> Arm | None:
     else:
         name = "control"
     return next((a for a in arms if a["name"] == name), None)
-
-
-def _full(arms: Sequence[Arm]) -> int:
-    return max(arm["bits"] for arm in arms)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from grace.study.answers import PAPER_R, EntropyError
+from grace.study.arms import FULL
 from grace.study.charts import color_of, save, title
 from grace.study.comparisons import counterpart
 from grace.study.resampling import Resampled
@@ -20,7 +21,7 @@ def further_charts(
 ) -> list[tuple[str, Callable[[Path], Any]]]:
     """(name, function that draws into a path) of what the study has data for."""
     arms = study["arms"]
-    low = [arm for arm in arms if arm["bits"] != _full(arms)]
+    low = [arm for arm in arms if arm["bits"] != FULL]
     betas = betas_of(study)
     charts: list[tuple[str, bool, Callable[[Path], Any]]] = [
         ("bits", bool(low), lambda path: _bits(arms, resampled, path)),
@@ -63,10 +64,6 @@ def alignments(arms: Sequence[Arm]) -> list[tuple[Arm, float, float]]:
     ]
 
 
-def _full(arms: Sequence[Arm]) -> int:
-    return max(arm["bits"] for arm in arms)
-
-
 def _axes(width: float = 7.0, height: float = 4.2) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
@@ -98,9 +95,8 @@ def _bars(intervals: Sequence[Any]) -> list[list[float]]:
 def _bits(arms: Sequence[Arm], resampled: Resampled, path: Path) -> None:
     """Total score over bits: a line a method, ending in the same training without quantization."""
     figure, axes = _axes()
-    full = _full(arms)
     places = {bits: place for place, bits in enumerate(sorted({arm["bits"] for arm in arms}))}
-    for label in dict.fromkeys(arm["label"] for arm in arms if arm["bits"] != full):
+    for label in dict.fromkeys(arm["label"] for arm in arms if arm["bits"] != FULL):
         own = sorted((a for a in arms if a["label"] == label), key=lambda arm: arm["bits"])
         last = counterpart(own[-1], arms)
         shown = [*own, last] if last is not None else own
@@ -115,21 +111,20 @@ def _bits(arms: Sequence[Arm], resampled: Resampled, path: Path) -> None:
         )  # fmt: skip
     for arm in (arm for arm in arms if arm["method"] == "teacher"):
         axes.axhline(resampled.total(arm["name"]).value, color=color_of("teacher"), linestyle="--")
-    axes.set_xticks(list(places.values()), [_bits_label(b, full) for b in places])
+    axes.set_xticks(list(places.values()), [_bits_label(b) for b in places])
     axes.set_xlabel("bits of the decoder's linears", fontsize=9)
     axes.set_ylabel("perception + cognition", fontsize=9)
     axes.legend(fontsize=7)
     save(figure, path)
 
 
-def _bits_label(bits: int, full: int) -> str:
-    return "none quantized" if bits == full else f"{bits} bits"
+def _bits_label(bits: int) -> str:
+    return "none quantized" if bits == FULL else f"{bits} bits"
 
 
 def _sizes(arms: Sequence[Arm], resampled: Resampled, path: Path) -> None:
     """Total score over megabytes of weights as served: a color a method, a shape a bit width."""
     figure, axes = _axes()
-    full = _full(arms)
     shapes = dict(zip(sorted({arm["bits"] for arm in arms}), _MARKERS, strict=False))
     for arm in arms:
         total = resampled.total(arm["name"])
@@ -138,7 +133,7 @@ def _sizes(arms: Sequence[Arm], resampled: Resampled, path: Path) -> None:
             marker=shapes.get(arm["bits"], "."), markersize=6, capsize=2, linestyle="none",
         )  # fmt: skip
     for bits, shape in shapes.items():
-        axes.plot([], [], "k" + shape, label=_bits_label(bits, full), linestyle="none")
+        axes.plot([], [], "k" + shape, label=_bits_label(bits), linestyle="none")
     firsts = {a["method"]: a for a in reversed(arms) if "-" not in a["method"]}
     for arm in reversed(firsts.values()):
         axes.plot([], [], color=color_of(arm["method"]), linewidth=4, label=arm["label"])
