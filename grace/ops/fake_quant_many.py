@@ -7,7 +7,7 @@ in memory (`csrc/ops/fake_quant/kernels.h`) need a launch a kind. Formulas are i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -174,18 +174,23 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) 
 
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    return (*_gradients(grads, ctx.saved_tensors, ctx.settings), None, None, None)
+
+
+def _gradients(
+    grads: list[Tensor | None], saved: tuple[Tensor, ...], settings: tuple[Any, ...]
+) -> Iterator[list[Tensor | None]]:
     """Of the weights whose ŵ was used; the others have no gradient."""
-    weights, log_scales = ctx.saved_tensors[: len(grads)], ctx.saved_tensors[len(grads) :]
+    weights, log_scales = saved[: len(grads)], saved[len(grads) :]
     used = {i: grad.contiguous() for i, grad in enumerate(grads) if grad is not None}
     made = torch.ops.grace.fake_quant_many_backward(
         list(used.values()),
         [weights[i] for i in used],
         [log_scales[i] for i in used],
-        *ctx.settings,
+        *settings,
     )
     places = (dict(zip(used, of_used, strict=True)) for of_used in made)
-    found = ([by_place.get(i) for i in range(len(grads))] for by_place in places)
-    return (*found, None, None, None)
+    return ([by_place.get(i) for i in range(len(grads))] for by_place in places)
 
 
 torch.library.register_autograd(
@@ -199,12 +204,12 @@ def _save_for_backward_to(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor
 
 
 def _backward_to(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
-    weights = ctx.saved_tensors[: len(grads)]
+    saved = ctx.saved_tensors  # once: a checkpointed layer gives them out a single time
     given: list[Tensor | None] = [
         torch.zeros_like(w, dtype=ctx.dtype) if g is None else g
-        for g, w in zip(grads, weights, strict=True)
+        for g, w in zip(grads, saved[: len(grads)], strict=True)
     ]
-    return (*_backward(ctx, given), None)
+    return (*_gradients(given, saved, ctx.settings), None, None, None, None)
 
 
 torch.library.register_autograd(
