@@ -74,9 +74,10 @@ def test_phases_and_breakdown() -> None:
     found = step.phases()
     assert list(found) == ["teacher", "student and losses", "backward"]
     assert min(found.values()) > 0
-    spent = breakdown(step.ours, CPU)
+    spent = breakdown(step.ours, CPU, 1e6)
     assert {"fake_quant", "gated_dkd", "cka", "matrix products", "idle"} <= set(spent)
     assert min(spent.values()) >= 0
+    assert sum(spent.values()) == pytest.approx(1e6, abs=0.1)
 
 
 @pytest.mark.parametrize(
