@@ -53,6 +53,7 @@ class Step:
         mixed = masters == torch.float32 and device.type == "cuda"
         self.plain, theirs = (with_own_layers(self.student) for _ in range(2))
         options = {"bf16": mixed, "use_cpu": device.type == "cpu", "report_to": "none"}
+        options["gradient_checkpointing"] = True  # as `build` makes the models
         self._folder = tempfile.TemporaryDirectory()  # the trainer wants one
         config = GraceConfig(
             output_dir=self._folder.name,

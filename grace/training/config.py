@@ -183,6 +183,12 @@ class GraceConfig(TrainingArguments):
         return cls(**{**PRESETS[preset], **options})
 
     @property
+    def n_gpu(self) -> int:
+        """GPUs of this process: one at most. Trainer would spread a lone process over all by
+        DataParallel, which copies modules and so loses what their hooks know."""
+        return min(1, super().n_gpu)
+
+    @property
     def needs_teacher(self) -> bool:
         """Whether any term of the loss looks at the teacher."""
         return self.distillation != "none" or self.omega > 0

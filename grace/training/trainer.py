@@ -24,6 +24,7 @@ from grace.training.meter import SUMS, Meter, share_of
 from grace.training.optimizer import parameter_groups, use_fp32_masters
 from grace.training.progress import Progress
 from grace.training.sampler import EpochSetter, check_data_state, data_state, epoch_sampler
+from grace.training.sharding import tell_of_idle_gpus
 from grace.training.step import MicroBatch, identity, model_inputs, plan
 from grace.training.teacher_placement import TeacherStream, place_teacher
 from grace.training.terms import drop_nonfinite, loss_terms
@@ -72,6 +73,7 @@ class GraceTrainer(AtomicTrainer):
             raise ValueError(
                 "GraceTrainer: teacher must be given unless distillation is 'none' and omega 0"
             )
+        tell_of_idle_gpus(args)
         self.adapter = adapter_for(model)
         self.quantized = _prepare_student(model, args)
         self.controller = AdaptiveIBController(

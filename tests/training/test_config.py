@@ -93,3 +93,11 @@ def test_quantized_weights_are_held_where_checkpointing_would_make_them_twice(
     assert holds(at_most + 1, hold_quantized=True)
     assert not holds(1, gradient_checkpointing=True, hold_quantized=False)
     assert not holds(1, gradient_checkpointing=True, fsdp=True)
+
+
+def test_a_lone_process_has_one_gpu(tmp_path: Any) -> None:
+    config = GraceConfig(output_dir=str(tmp_path))
+    assert config.n_gpu in (0, 1)
+    config._n_gpu = 2  # as transformers finds two
+    assert config.n_gpu == 1
+    assert config.train_batch_size == config.per_device_train_batch_size
