@@ -286,9 +286,9 @@ def report(out: Path) -> str:
 {result["warm_up"]["parameters"] / 1e6:.0f} million parameters, {summary["steps"]} steps of
 {training["per_device_train_batch_size"]} rows on {result["device"]}: {summary["seconds"]:.0f} s,
 {summary["median_tokens_per_second"]:,.0f} tokens/s{memory}. Scores are MME's, 200 a subtask, on
-{scores["student"]["questions"]:,} held-out questions; both INT{training["bits"]} models are exported
-ones on packed kernels. GRACE's steps are further training, too: what of the difference is theirs
-the control of a study tells, this run does not.
+{scores["student"]["questions"]:,} held-out questions; both INT{training["bits"]} models are
+exported ones on packed kernels. GRACE's steps are further training, too: what of the difference is
+theirs the control of a study tells, this run does not.
 
 """ + "\n".join("| " + " | ".join(line) + " |" for line in lines)
     text += "\n\n![Curves of the run](curves.png)\n"
