@@ -1,0 +1,111 @@
+"""The cache of keys and values that `Generator` decodes on: one memory for all sizes of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import StaticCache, StaticLayer
+
+
+class Storage:
+    """Keys and values of every decoder layer, as flat memory that grows to the largest need.
+
+    Only one batch is decoded at a time, so caches of all sizes lie in the same memory. It is zeros
+    at first: what is masked takes part in attention with a weight of zero, and must be finite.
+
+    Attributes:
+        version: grows when memory moves; graphs that were captured before then point nowhere.
+    """
+
+    def __init__(self) -> None:
+        self.version = 0
+        self._flat: dict[tuple[int, str], Tensor] = {}
+
+    def view(self, layer: int, kind: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """Memory of a layer's keys or values as ``shape``, in dtype and on device of ``like``."""
+        held, need = self._flat.get((layer, kind)), torch.Size(shape).numel()
+        if held is None or held.numel() < need or (held.dtype, held.device) != _place(like):
+            self._flat.pop((layer, kind), None)
+            del held  # before the larger one is asked for
+            held = torch.zeros(need, dtype=like.dtype, device=like.device)
+            self._flat[layer, kind] = held
+            self.version += 1
+        return held[:need].view(shape)
+
+    @property
+    def bytes(self) -> int:
+        """Memory held."""
+        return sum(flat.numel() * flat.element_size() for flat in self._flat.values())
+
+
+def _place(tensor: Tensor) -> tuple[torch.dtype, torch.device]:
+    return tensor.dtype, tensor.device
+
+
+class SharedLayer(StaticLayer):
+    """A `StaticLayer` in a `Storage`, at a position that all layers share.
+
+    transformers' own layer keeps a position each, and adds to it in three small kernels a layer.
+    """
+
+    def __init__(self, cache: SharedCache, index: int) -> None:
+        super().__init__(max_cache_len=cache.length)
+        self._owner, self._index = cache, index
+        self._bound = -1  # version of the storage that the views are of
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Takes this layer's part of the storage, as large as the cache."""
+        owner = self._owner
+        self.dtype, self.device = key_states.dtype, key_states.device
+        for kind, states in (("keys", key_states), ("values", value_states)):
+            shape = (owner.batch, states.shape[1], owner.length, states.shape[3])
+            setattr(self, kind, owner.storage.view(self._index, kind, shape, states))
+        self._bound, self.is_initialized = owner.storage.version, True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Puts new keys and values [rows, heads, tokens, dim] in their place.
+
+        Returns:
+            In the prompt they themselves, so that attention looks at the prompt and at nothing
+            behind it; in a decode step the whole cache.
+        """
+        if self._owner.filling:
+            if not self.is_initialized or self._bound != self._owner.storage.version:
+                self.lazy_initialization(key_states, value_states)
+            rows, _, tokens, _ = key_states.shape
+            self.keys[:rows, :, :tokens].copy_(key_states)
+            self.values[:rows, :, :tokens].copy_(value_states)
+            return key_states, value_states
+        self.keys.index_copy_(2, self._owner.position, key_states)
+        self.values.index_copy_(2, self._owner.position, value_states)
+        return self.keys, self.values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(keys that a query of this length meets, 0)."""
+        return (query_length if self._owner.filling else self.max_cache_len), 0
+
+    def get_seq_length(self) -> Any:
+        """Tokens before those that come next: 0 in the prompt, else a tensor on the device."""
+        return 0 if self._owner.filling else self._owner.position[0]
+
+
+class SharedCache(StaticCache):
+    """A static cache of ``batch`` rows and ``length`` tokens in a `Storage`.
+
+    Attributes:
+        position: int64 [1] on the device: where the next token goes. Whoever decodes moves it on.
+        filling: whether the prompt goes through the model, or a decode step.
+    """
+
+    def __init__(
+        self, layers: int, batch: int, length: int, storage: Storage, device: torch.device
+    ) -> None:
+        self.batch, self.length, self.storage = batch, length, storage
+        self.position = torch.zeros(1, dtype=torch.int64, device=device)
+        self.filling = True
+        made = [SharedLayer(self, index) for index in range(layers)]
+        super(StaticCache, self).__init__(layers=made)
