@@ -50,6 +50,9 @@ class SharedLayer(StaticLayer):
     transformers' own layer keeps a position each, and adds to it in three small kernels a layer.
     """
 
+    keys: Tensor
+    values: Tensor
+
     def __init__(self, cache: SharedCache, index: int) -> None:
         super().__init__(max_cache_len=cache.length)
         self._owner, self._index = cache, index
@@ -107,5 +110,5 @@ class SharedCache(StaticCache):
         self.batch, self.length, self.storage = batch, length, storage
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
         self.filling = True
-        made = [SharedLayer(self, index) for index in range(layers)]
+        made: list[Any] = [SharedLayer(self, index) for index in range(layers)]
         super(StaticCache, self).__init__(layers=made)

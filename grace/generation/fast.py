@@ -40,7 +40,7 @@ def decode_forward(model: Any, compile: bool | str) -> Callable[..., Tensor]:
         allowed = f"True, False or one of {', '.join(MODES)}"
         raise ValueError(f"Generator: compile must be {allowed}, got {compile!r}")
     if compile is True:
-        options = {"coordinate_descent_tuning": True, "triton.cudagraphs": False}
+        options: dict[str, Any] = {"coordinate_descent_tuning": True, "triton.cudagraphs": False}
         compiled = torch.compile(forward, dynamic=False, options=options)
     else:
         compiled = torch.compile(forward, dynamic=False, mode=str(compile))
@@ -168,7 +168,9 @@ _last: tuple[Tensor, int, int, _Lengths] | None = None  # mask, its version, key
 def _lengths(mask: Tensor, kv_heads: int) -> _Lengths:
     """Where sequences of queries and of keys begin, and how long these are: once a step."""
     global _last
-    if torch.compiler.is_compiling() or mask.is_inference():  # there the compiler finds what is alike
+    if (
+        torch.compiler.is_compiling() or mask.is_inference()
+    ):  # there the compiler finds what is alike
         return sequence_lengths(mask, kv_heads)
     key = (mask, mask._version, kv_heads)
     if _last is None or _last[0] is not mask or _last[1:3] != key[1:]:

@@ -36,10 +36,11 @@ def replacements(
 ) -> list[Replacement]:
     """What to replace of a model by an RMS norm ``norm(x, weight, eps, offset, casting, in_place)``
     and a rotary embedding ``rotary(q, k, cos, sin)``."""
-    found: list[Replacement] = []
-    for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
-            found.append((module, "forward", _norm(module, norm)))
+    found: list[Replacement] = [
+        (module, "forward", _norm(module, norm))
+        for module in model.modules()
+        if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
+    ]
     homes = {type(module).__module__ for module in model.modules()}
     for home in sorted(homes):
         place = sys.modules.get(home)

@@ -115,12 +115,12 @@ class StaticSteps(Steps):
 
         A batch smaller than this one's is filled up with copies of its first row.
         """
-        position_ids = _filled(inputs["position_ids"], -2, rows, self.cache.batch) - 1
-        masks = inputs["attention_mask"]
+        batch, masks = self.cache.batch, inputs["attention_mask"]
+        position_ids = _filled(inputs["position_ids"], -2, rows, batch) - 1
         if isinstance(masks, Mapping):
-            masks = {key: _filled(mask, 0, rows, self.cache.batch) for key, mask in masks.items()}
+            masks = {key: self._mask(_filled(mask, 0, rows, batch)) for key, mask in masks.items()}
         else:
-            masks = _filled(masks, 0, rows, self.cache.batch)
+            masks = self._mask(_filled(masks, 0, rows, batch))
         fresh = {"position_ids": position_ids, "attention_mask": masks}
         if _like(self._inputs, fresh):
             for held, new in zip(_tensors(self._inputs), _tensors(fresh), strict=True):
@@ -128,6 +128,14 @@ class StaticSteps(Steps):
         else:
             self._inputs = fresh
             self._graphs.clear()
+
+    def _mask(self, mask: Tensor) -> Tensor:
+        """The mask as attention adds it: sdpa would make that of a bool one in every layer."""
+        text = self.model.config.get_text_config(decoder=True)
+        if mask.dtype != torch.bool or text._attn_implementation != "sdpa":
+            return mask
+        added = torch.zeros(mask.shape, dtype=self.model.dtype, device=mask.device)
+        return added.masked_fill_(~mask, float("-inf"))
 
     def run(self, choose: bool) -> None:
         """One step: reads the token at the position, moves on, leaves `logits`.
@@ -222,7 +230,10 @@ def _like(held: Mapping[str, Any], fresh: Mapping[str, Any]) -> bool:
     """Whether the buffers can take what came."""
     if not held or type(held["attention_mask"]) is not type(fresh["attention_mask"]):
         return False
-    pairs = [(a.shape, a.dtype) for a in _tensors(held)], [(a.shape, a.dtype) for a in _tensors(fresh)]
+    pairs = (
+        [(a.shape, a.dtype) for a in _tensors(held)],
+        [(a.shape, a.dtype) for a in _tensors(fresh)],
+    )
     return pairs[0] == pairs[1]
 
 
