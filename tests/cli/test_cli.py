@@ -196,7 +196,9 @@ def test_generate_streams_and_tells_its_speed(
     assert run("generate", models / "student", *options, "--device", "cpu") == 0
     captured = capsys.readouterr()
     assert captured.out.strip()
-    assert "tokens/s, first after" in captured.err
+    assert "3 tokens, " in captured.err
+    assert " tokens/s (" in captured.err
+    assert ", prefill " in captured.err
 
 
 def test_packed_models_are_fused_for_serving(
