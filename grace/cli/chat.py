@@ -52,14 +52,14 @@ def chat(
 
 
 def _next_line() -> str | None:
-    """What is typed next; None at the end of input."""
-    while True:
-        try:
-            return input("> ").strip()
-        except EOFError:
-            return None
-        except KeyboardInterrupt:  # at the prompt there is nothing to stop
-            typer.echo("")
+    """What is typed next; None at the end of input, nothing where Ctrl-C had nothing to stop."""
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return None
+    except KeyboardInterrupt:
+        typer.echo("")
+        return ""
 
 
 class Conversation:

@@ -98,9 +98,14 @@ def test_liger_layers_stand_in_while_steps_run(kind: str, norms: int) -> None:
 
 def test_what_was_replaced_comes_back_from_an_error() -> None:
     layer = nn.Linear(2, 2)
-    with pytest.raises(RuntimeError, match="here"), replaced([(layer, "forward", len)]):
-        assert layer.forward is len
-        raise RuntimeError("here")
+
+    def failing() -> None:
+        with replaced([(layer, "forward", len)]):
+            assert layer.forward is len
+            raise RuntimeError("here")
+
+    with pytest.raises(RuntimeError, match="here"):
+        failing()
     assert "forward" not in vars(layer)
 
 
