@@ -64,13 +64,18 @@ SIDES: dict[str, Side] = {
     "bf16 graph": _ours(packed=False),
     "grace": _ours(packed=True),
     "grace grouped": _ours(packed=True, default=False, attention="grouped"),
+    "grace flex": _ours(packed=True, default=False, attention="flex"),
     "grace flash": _ours(packed=True, attention="flash"),
     "grace liger": _ours(packed=True, default=False, liger=True),
     "grace liger flash": _ours(packed=True, default=False, liger=True, attention="flash"),
-    "grace compiled": _ours(packed=True, compile=True),
+    "grace compiled": _ours(packed=True, default=False, compile=True),
     "grace compiled grouped": _ours(packed=True, default=False, compile=True, attention="grouped"),
-    "grace compiled flash": _ours(packed=True, default=False, compile=True, attention="flash"),
+    "grace compiled flex": _ours(packed=True, compile=True, attention="flex"),
+    "grace compiled flash": _ours(packed=True, compile=True, attention="flash"),
     "grace W8 head": _ours(packed=True, lm_head_bits=8),
+    "grace W8 head compiled flex": _ours(
+        packed=True, default=False, lm_head_bits=8, compile=True, attention="flex"
+    ),
     "grace W8 head compiled flash": _ours(
         packed=True, default=False, lm_head_bits=8, compile=True, attention="flash"
     ),

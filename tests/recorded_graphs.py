@@ -65,8 +65,8 @@ class _Stream:
 
 
 @contextlib.contextmanager
-def _capture(graph: Recorded, pool: Any = None) -> Iterator[None]:
-    assert pool == "pool"
+def _capture(graph: Recorded, pool: Any, capture_error_mode: str) -> Iterator[None]:
+    assert (pool, capture_error_mode) == ("pool", "thread_local")
     with _Recorder(graph):
         yield
 

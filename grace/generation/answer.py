@@ -53,7 +53,11 @@ class Answer:
         self.clock.mark("first")
         ended = self._post(steps)
         if self.new > 1 and not ended:
-            with fast.attending(self.model, owner.attention), replaced(owner.liger):
+            with (
+                fast.attending(self.model, owner.attention),
+                replaced(owner.liger),
+                fast.many_programs(),
+            ):
                 steps = self._ready(steps, arguments)
                 self.clock.mark("ready")
                 self._loop(steps)

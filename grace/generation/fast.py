@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-ATTENTIONS = ("sdpa", "eager", "grouped", "flash")
+ATTENTIONS = ("sdpa", "eager", "grouped", "flex", "flash")
 MODES = ("default", "max-autotune-no-cudagraphs")
 _OURS = "grace_"  # begins the names under which transformers knows our attention
 _PROGRAMS = 64  # that torch.compile may make of a step: one a size of batch and cache
@@ -45,11 +46,12 @@ def decode_forward(model: Any, compile: bool | str) -> Callable[..., Tensor]:
     else:
         compiled = torch.compile(forward, dynamic=False, mode=str(compile))
 
-    def run(**inputs: Any) -> Tensor:
-        with torch._dynamo.config.patch(recompile_limit=_PROGRAMS):
-            return compiled(**inputs)
+    return compiled
 
-    return run
+
+def many_programs() -> Any:
+    """Lets torch.compile make a program for every size of batch and cache, inside."""
+    return torch._dynamo.config.patch(recompile_limit=_PROGRAMS)
 
 
 # --- attention -----------------------------------------------------------------------------------
@@ -72,7 +74,7 @@ def known_attention(name: str | None, model: Any) -> str | None:
             "Generator: attention 'flash' must have a model in 16 bits on a GPU, and a torch whose "
             f"op takes seqused_k; got {model.dtype} on {model.device}, torch {torch.__version__}"
         )
-    own = {"grouped": grouped_attention, "flash": flash_attention}
+    own = {"grouped": grouped_attention, "flex": flex_attention, "flash": flash_attention}
     if name not in own:
         return name
     ALL_ATTENTION_FUNCTIONS.register(_OURS + name, own[name])
@@ -123,6 +125,36 @@ def grouped_attention(
         scores = scores.masked_fill(~attention_mask, float("-inf"))
     out = scores.softmax(dim=-1).to(value.dtype) @ value
     return out.reshape(rows, 1, heads, dim), None
+
+
+def flex_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """The same by torch's FlexAttention, which divides the keys of a row among blocks of a GPU:
+    arguments as for `grouped_attention`."""
+
+    def seen(score: Tensor, row: Tensor, head: Tensor, one: Tensor, place: Tensor) -> Tensor:
+        return torch.where(attention_mask[row, 0, 0, place], score, -float("inf"))
+
+    grouped = query.shape[1] != key.shape[1]
+    attend = _flex(query.is_cuda and not torch.compiler.is_compiling())
+    out = attend(query, key, value, score_mod=seen, scale=scaling, enable_gqa=grouped)
+    return out.transpose(1, 2).contiguous(), None
+
+
+@cache
+def _flex(compiled: bool) -> Callable[..., Any]:
+    """Alone it is a kernel only when it is compiled; inside a compiled step it is part of that."""
+    from torch.nn.attention import flex_attention as flex
+
+    attend: Callable[..., Any] = flex.flex_attention
+    return torch.compile(attend, dynamic=False) if compiled else attend
 
 
 def flash_attention(

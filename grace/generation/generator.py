@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import threading
 from collections import OrderedDict
 from typing import Any
 
@@ -32,8 +34,8 @@ class Generator:
     the choice. The host learns of tokens and of the end one step late, and never makes the device
     wait. Where nothing can be captured (a CPU, sliding windows, …) the same loop runs without.
 
-    One generator serves one call at a time. Its caches lie in one memory, as large as the largest
-    batch so far needed.
+    One generator serves one call at a time; calls of other threads wait. Its caches lie in one
+    memory, as large as the largest batch so far needed.
 
     Args:
         model: any decoder-only model of transformers with images or without, in eval mode, on one
@@ -44,8 +46,8 @@ class Generator:
         capture: whether decode steps become CUDA graphs; default where the model is on a GPU.
         compile: torch.compile the decode step first, which fuses what lies between the products:
             True, or a mode of torch.compile without CUDA graphs of its own.
-        attention: how decode steps attend, "sdpa", "eager", "grouped" or "flash" (`fast`); default
-            as the model does. Results are the same up to rounding.
+        attention: how decode steps attend, "sdpa", "eager", "grouped", "flex" or "flash" (`fast`);
+            default as the model does. Results are the same up to rounding.
         lm_head_bits: 8 quantizes the model's output head in place, to nearest with a scale for each
             128 columns. It reads half as much and **changes logits**; off by default.
         liger: let liger-kernel compute RMS norms and rotary embeddings of decode steps, if it is
@@ -90,6 +92,7 @@ class Generator:
         self._why_plain = checks.why_plain(model)
         if self._why_plain:
             logger.warning("Generator: decodes as transformers does: %s", self._why_plain)
+        self._lock = threading.Lock()
         self._storage = Storage()
         self._sizes: OrderedDict[tuple[int, int], StaticSteps] = OrderedDict()
         self._pool: Any = None
@@ -124,8 +127,12 @@ class Generator:
             return self._decode(input_ids, streamer, **prepared)
 
         # Buffers are written to by later calls, which need not be in inference mode.
-        with torch.inference_mode(False), torch.no_grad():
+        with self._lock, self._on_device(), torch.inference_mode(False), torch.no_grad():
             return self.model.generate(inputs, custom_generate=decode, streamer=streamer, **kwargs)
+
+    def _on_device(self) -> Any:
+        cuda = self.device.type == "cuda"
+        return torch.cuda.device(self.device) if cuda else contextlib.nullcontext()
 
     def _decode(
         self,

@@ -192,7 +192,8 @@ class StaticSteps(Steps):
                 _restore(kept)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        # Other threads may use the GPU meanwhile.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             self._step(choose)
         _restore(kept)
         self._graphs[choose] = _Graph(graph, self.logits, version)

@@ -64,9 +64,9 @@ def test_models_are_packed_in_place_and_say_as_much() -> None:
 
 def test_compiled_sides_run_at_batch_1_unless_they_are_named() -> None:
     gpu = torch.device("cuda")
-    assert plan().has("grace compiled", 1, gpu)
-    assert not plan().has("grace compiled", 8, gpu)
-    assert not plan().has("grace compiled", 1, CPU)
+    assert plan().has("grace compiled flash", 1, gpu)
+    assert not plan().has("grace compiled flash", 8, gpu)
+    assert not plan().has("grace compiled flash", 1, CPU)
     assert not plan().has("grace liger", 1, gpu)
     named = plan(sides=["grace compiled"])
     assert named.has("grace compiled", 8, gpu)

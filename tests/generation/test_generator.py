@@ -211,7 +211,7 @@ def test_too_many_rows_and_training_mode() -> None:
         ({"length_step": 0}, r"length_step must be"),
         (
             {"attention": "fast"},
-            r"attention must be one of sdpa, eager, grouped, flash, got 'fast'",
+            r"attention must be one of sdpa, eager, grouped, flex, flash, got 'fast'",
         ),
         ({"attention": "flash"}, r"16 bits on a GPU"),
         ({"compile": "reduce-overhead"}, r"compile must be True, False or one of"),

@@ -19,7 +19,18 @@ from grace.generation import Generator
 class _Watch(TorchDispatchMode):
     """Collects calls that make the host wait for a GPU, or bring it values from Python."""
 
-    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "item", "_unique2", "lift_fresh")
+    WAITS = (
+        "_local_scalar_dense",
+        "nonzero",
+        "masked_select",
+        "item",
+        "_unique2",
+        "lift_fresh",
+        "masked_scatter_",
+        "repeat_interleave",
+        "bincount",
+        "equal",
+    )
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,7 +126,7 @@ def test_few_sizes_are_kept(recorded_graphs: list[Recorded]) -> None:
 # --- other ways to compute a step ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager", "grouped"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "grouped", "flex"])
 def test_attention_of_steps(attention: str) -> None:
     model, inputs = made("qwen3_vl"), asked("qwen3_vl")
     text = model.config.get_text_config()
