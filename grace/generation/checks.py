@@ -12,6 +12,7 @@ _REFUSED = (
     "assistant_tokenizer",
     "cache_implementation",
     "custom_generate",
+    "inputs_embeds",
     "negative_prompt_ids",
     "past_key_values",
     "prompt_lookup_num_tokens",
@@ -31,6 +32,8 @@ def check_decoding(config: Any, arguments: Any) -> None:
         raise ValueError(f"Generator: {asked[0]} must be off, got it on")
     if not arguments.get("use_cache", True):
         raise ValueError("Generator: use_cache must be on, got False")
+    if config.guidance_scale not in (None, 1):
+        raise ValueError(f"Generator: guidance_scale must be 1, got {config.guidance_scale}")
     if config.prefill_chunk_size is not None:
         raise ValueError("Generator: prefill_chunk_size must be None, got a number")
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import flex_attention as flex
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -143,18 +144,16 @@ def flex_attention(
         return torch.where(attention_mask[row, 0, 0, place], score, -float("inf"))
 
     grouped = query.shape[1] != key.shape[1]
-    attend = _flex(query.is_cuda and not torch.compiler.is_compiling())
+    alone = query.is_cuda and not torch.compiler.is_compiling()
+    attend: Callable[..., Any] = _compiled_flex() if alone else flex.flex_attention
     out = attend(query, key, value, score_mod=seen, scale=scaling, enable_gqa=grouped)
     return out.transpose(1, 2).contiguous(), None
 
 
 @cache
-def _flex(compiled: bool) -> Callable[..., Any]:
+def _compiled_flex() -> Callable[..., Any]:
     """Alone it is a kernel only when it is compiled; inside a compiled step it is part of that."""
-    from torch.nn.attention import flex_attention as flex
-
-    attend: Callable[..., Any] = flex.flex_attention
-    return torch.compile(attend, dynamic=False) if compiled else attend
+    return torch.compile(flex.flex_attention, dynamic=False)
 
 
 def flash_attention(

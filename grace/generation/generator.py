@@ -122,13 +122,15 @@ class Generator:
         """
         checks.refuse(kwargs)
         kwargs = checks.with_stop_strings(kwargs)
+        given = {"inputs": inputs, **kwargs}
+        given = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in given.items()}
 
         def decode(model: Any, input_ids: Tensor, **prepared: Any) -> Any:
             return self._decode(input_ids, streamer, **prepared)
 
         # Buffers are written to by later calls, which need not be in inference mode.
         with self._lock, self._on_device(), torch.inference_mode(False), torch.no_grad():
-            return self.model.generate(inputs, custom_generate=decode, streamer=streamer, **kwargs)
+            return self.model.generate(custom_generate=decode, streamer=streamer, **given)
 
     def _on_device(self) -> Any:
         cuda = self.device.type == "cuda"

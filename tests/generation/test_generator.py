@@ -185,6 +185,8 @@ def test_inference_mode_before_and_after() -> None:
         ({"num_beams": 2}, r"greedy or sampled, got beam_search"),
         ({"output_logits": True, "return_dict_in_generate": True}, r"output_logits must be off"),
         ({"use_cache": False}, r"use_cache must be on"),
+        ({"guidance_scale": 2.0}, r"guidance_scale must be 1, got 2.0"),
+        ({"inputs_embeds": torch.zeros(1, 1, 32)}, r"inputs_embeds must not be given"),
         ({"assistant_model": "x"}, r"assistant_model must not be given"),
         ({"max_new_tokens": 60}, r"at most max_length 64, got 103"),
         ({"stop_strings": ["."]}, r"stop_strings must come with tokenizer"),
