@@ -13,7 +13,7 @@ import grace
 from grace.generation import Generator
 from grace.nn import FusedLinear
 
-NEW = 10
+NEW = 8
 GREEDY: dict[str, Any] = {"do_sample": False}
 SAMPLED: dict[str, Any] = {"do_sample": True, "temperature": 1.5, "top_k": 20, "top_p": 0.95}
 

@@ -145,7 +145,7 @@ def flex_attention(
 
     grouped = query.shape[1] != key.shape[1]
     alone = query.is_cuda and not torch.compiler.is_compiling()
-    attend: Callable[..., Any] = _compiled_flex() if alone else flex.flex_attention
+    attend: Any = _compiled_flex() if alone else flex.flex_attention
     out = attend(query, key, value, score_mod=seen, scale=scaling, enable_gqa=grouped)
     return out.transpose(1, 2).contiguous(), None
 
