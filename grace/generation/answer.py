@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from grace.generation import fast
-from grace.generation.liger import replaced
+from grace.generation.layers import replaced
 from grace.generation.reports import Reports
 from grace.generation.steps import MOST_EOS, PlainSteps, StaticSteps
 from grace.generation.timing import Clock, Timing
@@ -55,7 +55,7 @@ class Answer:
         if self.new > 1 and not ended:
             with (
                 fast.attending(self.model, owner.attention),
-                replaced(owner.liger),
+                replaced(owner.layers),
                 fast.many_programs(),
             ):
                 steps = self._ready(steps, arguments)

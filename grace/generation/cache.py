@@ -12,8 +12,7 @@ from transformers.cache_utils import StaticCache, StaticLayer
 class Storage:
     """Keys and values of every decoder layer, as flat memory that grows to the largest need.
 
-    Only one batch is decoded at a time, so caches of all sizes lie in the same memory. It is zeros
-    at first: what is masked takes part in attention with a weight of zero, and must be finite.
+    Only one batch is decoded at a time, so caches of all sizes lie in the same memory.
 
     Attributes:
         version: grows when memory moves; graphs that were captured before then point nowhere.
@@ -29,7 +28,7 @@ class Storage:
         if held is None or held.numel() < need or (held.dtype, held.device) != _place(like):
             self._flat.pop((layer, kind), None)
             del held  # before the larger one is asked for
-            held = torch.zeros(need, dtype=like.dtype, device=like.device)
+            held = torch.zeros(need, dtype=like.dtype, device=like.device)  # finite, if masked
             self._flat[layer, kind] = held
             self.version += 1
         return held[:need].view(shape)
@@ -80,8 +79,9 @@ class SharedLayer(StaticLayer):
             if not self.is_initialized or self._bound != self._owner.storage.version:
                 self.lazy_initialization(key_states, value_states)
             rows, _, tokens, _ = key_states.shape
-            self.keys[:rows, :, :tokens].copy_(key_states)
-            self.values[:rows, :, :tokens].copy_(value_states)
+            for held, new in ((self.keys, key_states), (self.values, value_states)):
+                held[:rows, :, :tokens].copy_(new)
+                held[:rows, :, tokens:].zero_()  # a NaN of an earlier call would show through
             return key_states, value_states
         self.keys.index_copy_(2, self._owner.position, key_states)
         self.values.index_copy_(2, self._owner.position, value_states)

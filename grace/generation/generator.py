@@ -16,7 +16,7 @@ from grace.generation import checks, fast
 from grace.generation.answer import Answer
 from grace.generation.cache import SharedCache, Storage
 from grace.generation.head import quantize_head
-from grace.generation.liger import liger_layers
+from grace.generation.layers import known_layers
 from grace.generation.reports import Reports
 from grace.generation.steps import StaticSteps
 from grace.generation.timing import Timing
@@ -50,8 +50,9 @@ class Generator:
             default as the model does. Results are the same up to rounding.
         lm_head_bits: 8 quantizes the model's output head in place, to nearest with a scale for each
             128 columns. It reads half as much and **changes logits**; off by default.
-        liger: let liger-kernel compute RMS norms and rotary embeddings of decode steps, if it is
-            installed (``pip install grace-vlm[fast]``); rounding may differ.
+        layers: what computes RMS norms of decode steps: "torch" (its fused norm), or "liger", which
+            does rotary embeddings, too, and must be installed (``pip install grace-vlm[fast]``).
+            Results are the same up to rounding; with ``compile`` it has no use.
 
     Attributes:
         timing: of the last call (`Timing`), None before.
@@ -71,7 +72,7 @@ class Generator:
         compile: bool | str = False,
         attention: str | None = None,
         lm_head_bits: int | None = None,
-        liger: bool = False,
+        layers: str | None = None,
     ) -> None:
         checks.check_model(model)
         self.model, self.device = model, model.device
@@ -86,7 +87,7 @@ class Generator:
         self.attention = fast.known_attention(attention, model)
         if lm_head_bits is not None:
             quantize_head(model, lm_head_bits)
-        self.liger = liger_layers(model) if liger else None
+        self.layers = known_layers(layers, model)
         self._forward = fast.decode_forward(model, compile)
         self._lag = 1 if cuda else 0
         self._why_plain = checks.why_plain(model)

@@ -29,9 +29,9 @@ def test_every_side_that_a_cpu_has_is_measured() -> None:
     rows = list(rows_of(plan(), CPU))
     assert [row["size"]["batch"] for row in rows] == [1, 2] * 5
     named = list(dict.fromkeys(row["side"] for row in rows))
-    assert named == ["bf16", "bf16 graph", "grace", "grace flash", "grace W8 head"]
+    assert named == ["bf16", "bf16 graph", "grace", "grace norms flash", "grace W8 head"]
     for row in rows:
-        if row["side"] == "grace flash":
+        if row["side"] == "grace norms flash":
             assert row["absent"].startswith("ValueError: Generator: attention 'flash' must have")
             continue
         assert row["tokens_per_s"] > 0
@@ -67,7 +67,7 @@ def test_compiled_sides_run_at_batch_1_unless_they_are_named() -> None:
     assert plan().has("grace compiled flash", 1, gpu)
     assert not plan().has("grace compiled flash", 8, gpu)
     assert not plan().has("grace compiled flash", 1, CPU)
-    assert not plan().has("grace liger", 1, gpu)
+    assert not plan().has("grace liger flash", 1, gpu)
     named = plan(sides=["grace compiled"])
     assert named.has("grace compiled", 8, gpu)
     assert not named.has("bf16", 8, gpu)

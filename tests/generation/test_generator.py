@@ -115,6 +115,15 @@ def test_sizes_share_their_memory_and_leave_no_trace() -> None:
     assert held.bytes == 4 * 2 * 2 * 2 * 8 * 32 * 4  # layers, k and v, rows, heads, dim, length
 
 
+def test_what_lies_behind_an_answer_does_not_matter() -> None:
+    model, inputs = made("llava"), asked("llava")
+    generator = Generator(model)
+    right = generator.generate(**inputs, max_new_tokens=NEW, **GREEDY)
+    for flat in generator._storage._flat.values():
+        flat.fill_(torch.nan)  # as an overflow leaves it
+    assert torch.equal(right, generator.generate(**inputs, max_new_tokens=NEW, **GREEDY))
+
+
 class Kept(BaseStreamer):
     def __init__(self) -> None:
         self.calls: list[Any] = []
@@ -218,7 +227,8 @@ def test_too_many_rows_and_training_mode() -> None:
         ({"attention": "flash"}, r"16 bits on a GPU"),
         ({"compile": "reduce-overhead"}, r"compile must be True, False or one of"),
         ({"capture": True}, r"capture must be off, got True on cpu"),
-        ({"liger": True}, r"liger must have a model on a GPU"),
+        ({"layers": "liger"}, r"layers 'liger' must be on a GPU, got cpu"),
+        ({"layers": "fast"}, r"layers must be one of torch, liger, got 'fast'"),
         ({"lm_head_bits": 4}, r"lm_head_bits must be 8, got 4"),
     ],
 )

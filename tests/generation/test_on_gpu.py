@@ -60,13 +60,14 @@ def test_a_replay_is_the_step_bit_for_bit(kind: str) -> None:
         {"compile": True, "attention": "grouped"},
         {"compile": True, "attention": "flex"},
         {"compile": True, "attention": "flash"},
-        {"liger": True},
+        {"layers": "torch"},
+        {"layers": "liger"},
     ],
     ids=lambda options: "-".join(f"{key}={value}" for key, value in options.items()),
 )
 @pytest.mark.parametrize("kind", ["llava", "qwen3_vl"])
 def test_other_ways_to_compute_a_step(kind: str, options: dict[str, Any]) -> None:
-    if options.get("liger"):
+    if options.get("layers") == "liger":
         pytest.importorskip("liger_kernel")
     text = {"hidden_size": 128, "num_key_value_heads": 4 if kind == "llava" else 2}
     text |= {"head_dim": 32} if kind == "qwen3_vl" else {}

@@ -1,4 +1,4 @@
-"""The output head at 8 bits, lengths for FlashAttention, liger-kernel's place, the clock."""
+"""The output head at 8 bits, lengths for FlashAttention, layers that stand in, the clock."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from grace.generation import Generator, Timing, quantize_head
 from grace.generation.fast import grouped_attention, sequence_lengths
-from grace.generation.liger import replaced, replacements
+from grace.generation.layers import replaced, replacements
 from grace.nn import PackedLinear
 
 
@@ -69,13 +69,12 @@ def test_sequences_of_a_mask() -> None:
 
 
 @pytest.mark.parametrize(("kind", "norms"), [("llava", 9), ("qwen3_vl", 17), ("qwen2_vl", 9)])
-def test_liger_layers_stand_in_while_steps_run(kind: str, norms: int) -> None:
-    """The places where liger-kernel goes, with the same formulas from here."""
+def test_layers_stand_in_while_steps_run(kind: str, norms: int) -> None:
+    """The places where other layers go, with the same formulas from here."""
     calls = {"norm": 0, "rotary": 0}
 
-    def norm(x: Tensor, weight: Tensor, eps: float, *casting: Any) -> Tensor:
+    def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         calls["norm"] += 1
-        assert casting == (0.0, "llama", False)
         return F.rms_norm(x, weight.shape, weight, eps)
 
     def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,11 +88,20 @@ def test_liger_layers_stand_in_while_steps_run(kind: str, norms: int) -> None:
 
     model, inputs = made(kind), asked(kind)
     generator = Generator(model)
-    generator.liger = replacements(model, norm, rotary)
+    generator.layers = replacements(model, norm, rotary)
     theirs, ours = both(model, generator, inputs, **GREEDY)
     assert torch.equal(theirs, ours)
     assert calls == {"norm": norms * (NEW - 1), "rotary": 4 * (NEW - 1)}
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_norms_of_torch() -> None:
+    model, inputs = made("qwen2_5_vl"), asked("qwen2_5_vl")
+    generator = Generator(model, layers="torch")
+    assert generator.layers is not None
+    assert len(generator.layers) == 9 + 5  # and those of the tower, which steps do not run
+    theirs, ours = both(model, generator, inputs, **GREEDY)
+    assert torch.equal(theirs, ours)
 
 
 def test_what_was_replaced_comes_back_from_an_error() -> None:

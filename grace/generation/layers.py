@@ -1,4 +1,4 @@
-"""liger-kernel's RMS norm and rotary embedding in the place of transformers', while a step runs."""
+"""Other norms and rotary embeddings in the places of transformers', while a decode step runs."""
 
 from __future__ import annotations
 
@@ -8,41 +8,59 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional
 
+LAYERS = ("torch", "liger")
 _ROTARY = "apply_rotary_pos_emb"  # of every text model of transformers, in its own module
 Replacement = tuple[Any, str, Any]  # whose attribute, its name, what it becomes
 
 
-def liger_layers(model: Any) -> list[Replacement]:
-    """What liger-kernel can compute of a model's decode step: one kernel a norm, one a layer's
-    rotary embedding, instead of about eight each.
+def known_layers(name: str | None, model: Any) -> list[Replacement] | None:
+    """What is replaced in a model's decode step; None where nothing is.
+
+    "torch": RMS norms by `torch.nn.functional.rms_norm`, one kernel instead of about eight.
+    "liger": RMS norms and the rotary embedding by liger-kernel, one kernel each.
 
     Raises:
-        ValueError: liger-kernel is not installed, or the model is not on a GPU.
+        ValueError: another name; for "liger", a model that is not on a GPU, or no liger-kernel.
     """
+    if name is None:
+        return None
+    if name not in LAYERS:
+        raise ValueError(f"Generator: layers must be one of {', '.join(LAYERS)}, got {name!r}")
+    if name == "torch":
+        return replacements(model, _torch_norm)
     if model.device.type != "cuda":
-        raise ValueError(f"Generator: liger must have a model on a GPU, got {model.device}")
+        raise ValueError(f"Generator: layers 'liger' must be on a GPU, got {model.device}")
     try:
         from liger_kernel.ops.rms_norm import LigerRMSNormFunction
         from liger_kernel.transformers.rope import liger_rotary_pos_emb
     except ImportError:
         missing = "liger-kernel must be installed (pip install grace-vlm[fast]), got none"
         raise ValueError(f"Generator: {missing}") from None
-    return replacements(model, LigerRMSNormFunction.apply, liger_rotary_pos_emb)
+
+    def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return LigerRMSNormFunction.apply(x, weight, eps, 0.0, "llama", False)
+
+    return replacements(model, norm, liger_rotary_pos_emb)
+
+
+def _torch_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return functional.rms_norm(x, weight.shape, weight, eps)
 
 
 def replacements(
-    model: Any, norm: Callable[..., Tensor], rotary: Callable[..., Any]
+    model: Any, norm: Callable[..., Tensor], rotary: Callable[..., Any] | None = None
 ) -> list[Replacement]:
-    """What to replace of a model by an RMS norm ``norm(x, weight, eps, offset, casting, in_place)``
-    and a rotary embedding ``rotary(q, k, cos, sin)``."""
+    """What to replace of a model by an RMS norm ``norm(x, weight, eps)`` and a rotary embedding
+    ``rotary(q, k, cos, sin)``."""
     found: list[Replacement] = [
         (module, "forward", _norm(module, norm))
         for module in model.modules()
         if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
     ]
     homes = {type(module).__module__ for module in model.modules()}
-    for home in sorted(homes):
+    for home in sorted(homes) if rotary else ():
         place = sys.modules.get(home)
         if home.startswith("transformers.models.") and hasattr(place, _ROTARY):
             found.append((place, _ROTARY, rotary))
@@ -51,7 +69,7 @@ def replacements(
 
 def _norm(module: nn.Module, norm: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
     weight, eps = module.weight, module.variance_epsilon
-    return lambda x: norm(x, weight, eps, 0.0, "llama", False)
+    return lambda x: norm(x, weight, eps)
 
 
 @contextlib.contextmanager
