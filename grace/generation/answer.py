@@ -56,7 +56,7 @@ class Answer:
             with (
                 fast.attending(self.model, owner.attention),
                 replaced(owner.layers),
-                fast.many_programs(),
+                fast.many_programs(owner.compiles),
             ):
                 steps = self._ready(steps, arguments)
                 self.clock.mark("ready")

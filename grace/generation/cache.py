@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -21,17 +22,27 @@ class Storage:
     def __init__(self) -> None:
         self.version = 0
         self._flat: dict[tuple[int, str], Tensor] = {}
+        self._users: WeakSet[SharedLayer] = WeakSet()
 
-    def view(self, layer: int, kind: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    def view(self, user: SharedLayer, kind: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """Memory of a layer's keys or values as ``shape``, in dtype and on device of ``like``."""
-        held, need = self._flat.get((layer, kind)), torch.Size(shape).numel()
+        key, need = (user.index, kind), torch.Size(shape).numel()
+        held = self._flat.get(key)
         if held is None or held.numel() < need or (held.dtype, held.device) != _place(like):
-            self._flat.pop((layer, kind), None)
-            del held  # before the larger one is asked for
-            held = torch.zeros(need, dtype=like.dtype, device=like.device)  # finite, if masked
-            self._flat[layer, kind] = held
-            self.version += 1
+            del held
+            self._leave(user.index, kind)  # before more is asked for
+            fresh = torch.zeros(need, dtype=like.dtype, device=like.device)  # finite, if masked
+            held = self._flat[key] = fresh
+        self._users.add(user)
         return held[:need].view(shape)
+
+    def _leave(self, index: int, kind: str) -> None:
+        """Lets memory go, with all views of it."""
+        self.version += 1
+        self._flat.pop((index, kind), None)
+        for user in self._users:
+            if user.index == index:
+                user.forget(kind)
 
     @property
     def bytes(self) -> int:
@@ -54,8 +65,12 @@ class SharedLayer(StaticLayer):
 
     def __init__(self, cache: SharedCache, index: int) -> None:
         super().__init__(max_cache_len=cache.length)
-        self._owner, self._index = cache, index
-        self._bound = -1  # version of the storage that the views are of
+        self._owner, self.index = cache, index
+
+    def forget(self, kind: str) -> None:
+        """The memory of ``kind``, "keys" or "values", is no more."""
+        setattr(self, kind, None)
+        self.is_initialized = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Takes this layer's part of the storage, as large as the cache."""
@@ -63,8 +78,8 @@ class SharedLayer(StaticLayer):
         self.dtype, self.device = key_states.dtype, key_states.device
         for kind, states in (("keys", key_states), ("values", value_states)):
             shape = (owner.batch, states.shape[1], owner.length, states.shape[3])
-            setattr(self, kind, owner.storage.view(self._index, kind, shape, states))
-        self._bound, self.is_initialized = owner.storage.version, True
+            setattr(self, kind, owner.storage.view(self, kind, shape, states))
+        self.is_initialized = True
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -76,7 +91,7 @@ class SharedLayer(StaticLayer):
             behind it; in a decode step the whole cache.
         """
         if self._owner.filling:
-            if not self.is_initialized or self._bound != self._owner.storage.version:
+            if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
             rows, _, tokens, _ = key_states.shape
             for held, new in ((self.keys, key_states), (self.values, value_states)):

@@ -50,8 +50,10 @@ def decode_forward(model: Any, compile: bool | str) -> Callable[..., Tensor]:
     return compiled
 
 
-def many_programs() -> Any:
+def many_programs(compiles: bool) -> Any:
     """Lets torch.compile make a program for every size of batch and cache, inside."""
+    if not compiles:
+        return contextlib.nullcontext()
     return torch._dynamo.config.patch(recompile_limit=_PROGRAMS)
 
 

@@ -89,6 +89,7 @@ class Generator:
             quantize_head(model, lm_head_bits)
         self.layers = known_layers(layers, model)
         self._forward = fast.decode_forward(model, compile)
+        self.compiles = bool(compile) or attention == "flex"
         self._lag = 1 if cuda else 0
         self._why_plain = checks.why_plain(model)
         if self._why_plain:

@@ -113,6 +113,11 @@ def test_sizes_share_their_memory_and_leave_no_trace() -> None:
     held = generator._storage
     assert held.version == 16  # keys and values of four layers, twice: it grew once
     assert held.bytes == 4 * 2 * 2 * 2 * 8 * 32 * 4  # layers, k and v, rows, heads, dim, length
+    layers = [layer for steps in generator._sizes.values() for layer in steps.cache.layers]
+    assert len(layers) == 2 * 4
+    for layer in layers:  # none holds what was there before it grew
+        flat = held._flat[layer.index, "keys"]
+        assert layer.keys.data_ptr() == flat.data_ptr()
 
 
 def test_what_lies_behind_an_answer_does_not_matter() -> None:
