@@ -70,7 +70,7 @@ SIDES: dict[str, Side] = {
     "grace liger flash": _ours(packed=True, default=False, layers="liger", attention="flash"),
     "grace compiled": _ours(packed=True, default=False, compile=True),
     "grace compiled grouped": _ours(packed=True, default=False, compile=True, attention="grouped"),
-    "grace compiled flex": _ours(packed=True, compile=True, attention="flex"),
+    "grace compiled flex": _ours(packed=True, default=False, compile=True, attention="flex"),
     "grace compiled flash": _ours(packed=True, compile=True, attention="flash"),
     "grace W8 head": _ours(packed=True, lm_head_bits=8),
     "grace W8 head compiled flex": _ours(
