@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import flex_attention as flex
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import output_capturing
 
 ATTENTIONS = ("sdpa", "eager", "grouped", "flex", "flash")
 MODES = ("default", "max-autotune-no-cudagraphs")
@@ -47,7 +48,22 @@ def decode_forward(model: Any, compile: bool | str) -> Callable[..., Tensor]:
     else:
         compiled = torch.compile(forward, dynamic=False, mode=str(compile))
 
-    return compiled
+    def compiled_forward(**inputs: Any) -> Tensor:
+        try:
+            return compiled(**inputs)
+        finally:
+            _forget_collector()
+
+    return compiled_forward
+
+
+def _forget_collector() -> None:
+    """Resets where transformers' models collect hidden states: a traced forward sets it, and what
+    it resets can get lost in the trace. The next prompt's vision tower would then collect nothing.
+    """
+    collector = getattr(output_capturing, "_active_collector", None)
+    if collector is not None:
+        collector.reset(None)
 
 
 def many_programs(compiles: bool) -> Any:
