@@ -35,7 +35,7 @@ def assert_same_files(first: Path, second: Path) -> None:
 
 
 def export_tiny(directory: Path, bits: int = 4, source: Path | None = None) -> Any:
-    """Writes the tiny student (or another), with its processor, packed; gives the model it is of."""
+    """Writes the tiny student (or another) packed, with its processor; gives what it is made of."""
     source = source or tiny.student_dir()
     model = transformers.AutoModelForImageTextToText.from_pretrained(source).eval()
     processor = transformers.AutoProcessor.from_pretrained(source)

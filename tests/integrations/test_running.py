@@ -101,7 +101,7 @@ def test_both_auto_classes_where_transformers_has_both(tmp_path: Path):
 
 
 def test_a_causal_lm_is_not_made_of_what_transformers_has_none_for(packed: Path):
-    with pytest.raises(ValueError, match="LlavaConfig.* for this kind of AutoModel"):
+    with pytest.raises(ValueError, match=r"LlavaConfig.* for this kind of AutoModel"):
         transformers.AutoModelForCausalLM.from_pretrained(packed)
 
 
