@@ -22,7 +22,7 @@ from transformers.utils import quantization_config as transformers_config
 from grace.checkpoint import TensorInfo
 from grace.formats.compressed_tensors import TENSORS, Scheme, shapes
 from grace.formats.compressed_tensors_config import Unsupported, read_config
-from grace.integrations._loading import cast_dense, common_dtype, read_headers
+from grace.integrations._loading import cast_dense, check_whole, common_dtype, read_headers
 from grace.nn import PackedLinear, unfuse
 
 logger = logging.getLogger(__name__)
@@ -115,6 +115,7 @@ class PackedQuantizer(HfQuantizer):
                 dtype=linear.weight.dtype,
             )
             model.set_submodule(name, layer)
+        check_whole(model, tensors)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if self._stock is not None:
