@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import grace
+from grace import shards
 from grace.evaluation import tiny
 from grace.nn import PackedLinear
 
@@ -42,3 +44,16 @@ def export_tiny(directory: Path, bits: int = 4, source: Path | None = None) -> A
     grace.quantize(model, bits=bits, group_size=32)
     grace.export(model, directory, processor=processor)
     return model
+
+
+def import_slowly(src: Path, out: Path, begun: Path) -> None:
+    """Imports over what is there, and stops for a minute when the first shard is written."""
+    save = shards.save_file
+
+    def slow(*arguments: Any, **options: Any) -> None:
+        save(*arguments, **options)
+        begun.touch()
+        time.sleep(60)
+
+    shards.save_file = slow  # in a process of its own
+    grace.import_published(src, out, max_shard_size="50KB", overwrite=True)

@@ -30,18 +30,27 @@ def read_headers(files: Sequence[str] | None) -> dict[str, TensorInfo]:
 
 
 def check_whole(model: Any, tensors: Mapping[str, TensorInfo]) -> None:
-    """Requires that files hold all tensors of ``model``, in its shapes.
+    """Requires that files hold all tensors of ``model``, in its shapes and kinds.
 
-    With a quantizer transformers compares no shapes, and of a missing tensor it only warns, and
-    makes it up. Tensors may be missing from a model of another class than was saved (a head).
+    With a quantizer transformers compares no shapes, of a missing tensor it only warns, and makes
+    it up, and integers it takes from floating-point numbers. Tensors may be missing from a model of
+    another class than was saved (one with a head of its own).
 
     Raises:
-        ValueError: the name of the first tensor that is missing or of another shape.
+        ValueError: the name of the first tensor that is missing or another.
     """
     skeleton = Skeleton(model)
-    shapes = {skeleton.name_of(name): info.shape for name, info in tensors.items()}
+    named = {skeleton.name_of(name): info for name, info in tensors.items()}
+    shapes = {name: info.shape for name, info in named.items()}
     saved = type(model).__name__ in (getattr(model.config, "architectures", None) or ())
     skeleton.check_complete(shapes, "from_pretrained", "checkpoint", whole=saved)
+    for name, tensor in model.state_dict().items():
+        stored = named[name].dtype if name in named else None
+        if stored is not None and tensor.is_floating_point() != ("F" in stored):
+            raise ValueError(
+                f"from_pretrained: {name} must be of {tensor.dtype}, or a dtype of its kind, "
+                f"got {stored}"
+            )
 
 
 def common_dtype(tensors: Mapping[str, TensorInfo], names: Iterable[str]) -> torch.dtype:
