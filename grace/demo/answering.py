@@ -196,15 +196,15 @@ def answer(side: Side, image: Any, question: str, max_new_tokens: int = 128) -> 
     yield replace(clock.state(text.strip(), done=True), peak=peak)
 
 
-def _collected(pieces: Iterator[str]) -> Iterator[str]:
-    """All of the text so far, not more often than anyone can read."""
-    text, shown = "", 0.0
-    for piece in pieces:
+def _collected(streamer: TextIteratorStreamer) -> Iterator[str]:
+    """All of the text so far, not more often than anyone can read, and never held back."""
+    text = ""
+    for piece in streamer:
         text += piece
-        if time.perf_counter() - shown > _SHOWN:
-            yield text
-            shown = time.perf_counter()
-    yield text
+        while not streamer.text_queue.empty() and streamer.text_queue.queue[0] is not None:
+            text += streamer.text_queue.get()
+        yield text
+        time.sleep(_SHOWN)
 
 
 def _reset_peak(model: Any) -> int:

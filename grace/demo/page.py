@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import tempfile
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,15 +70,23 @@ class _Asking:
     def connect(self, sides: Sequence[Side], shown: list[Any]) -> None:
         """Lets the buttons, and Enter, ask all sides and show their answers."""
 
-        def run(image: Any, question: str, tokens: float) -> Iterator[list[Any]]:
-            yield from _states(sides, image, question or "", int(tokens))
+        stopped: set[Any] = set()  # sessions whose visitor wants no more of the answer
+
+        def run(
+            image: Any, question: str, tokens: float, request: gr.Request
+        ) -> Iterator[list[Any]]:
+            stopped.discard(request.session_hash)
+            yield from _states(
+                sides, image, question or "", int(tokens), lambda: request.session_hash in stopped
+            )
+
+        def stop(request: gr.Request) -> None:
+            stopped.add(request.session_hash)
 
         inputs = [self.image, self.question, self.length]
-        asked = [
+        for started in (self.ask.click, self.question.submit):
             started(run, inputs, shown, show_progress="hidden")
-            for started in (self.ask.click, self.question.submit)
-        ]
-        self.stop.click(None, None, None, cancels=asked)
+        self.stop.click(stop, queue=False)
 
 
 def launch(page: gr.Blocks, host: str, port: int, *, wait: bool = True) -> Any:
@@ -103,7 +113,9 @@ def launch(page: gr.Blocks, host: str, port: int, *, wait: bool = True) -> Any:
     )
 
 
-def _states(sides: Sequence[Side], image: Any, question: str, tokens: int) -> Iterator[list[Any]]:
+def _states(
+    sides: Sequence[Side], image: Any, question: str, tokens: int, stopped: Callable[[], bool]
+) -> Iterator[list[Any]]:
     """What stands in the place for trouble and in every card, as the answers come."""
     cards = [card(side, waiting="Waiting for its turn …") for side in sides]
     yield [gr.update(visible=False, value=""), *cards]
@@ -114,6 +126,11 @@ def _states(sides: Sequence[Side], image: Any, question: str, tokens: int) -> It
             for state in answer(side, image, question, tokens):
                 cards[index] = card(side, state)
                 yield [gr.skip(), *cards]
+                if stopped():
+                    cards[index:] = [card(other) for other in sides[index:]]
+                    cards[index] = card(side, replace(state, done=True))
+                    yield [gr.skip(), *cards]
+                    return
         except Exception as error:  # noqa: BLE001 (whatever it is, the visitor is told)
             told = str(error) if isinstance(error, ValueError) else _told(side, error)
             cards[index:] = [card(other) for other in sides[index:]]
@@ -133,7 +150,9 @@ def _drawn(side: Side) -> list[list[str]]:
 
     vision = getattr(side.model.config, "vision_config", None)
     small = getattr(vision, "image_size", None) == drawing.IMAGE_PIXELS
-    root = Path(tempfile.mkdtemp(prefix="grace-demo-")) / "drawn"
+    folder = tempfile.TemporaryDirectory(prefix="grace-demo-")
+    atexit.register(folder.cleanup)
+    root = Path(folder.name) / "drawn"
     (synthetic if small else benchmark).draw(root, images_per_subtask=2, seed=1)
     rows = mme.load(root)[::4]  # of each subtask the first image, of its two questions the first
     return [[str(row.image), row.question] for row in rows]
