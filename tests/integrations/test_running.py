@@ -10,6 +10,7 @@ import models
 import pytest
 import torch
 import transformers
+from families import FAMILIES
 from packed_models import assert_same_files, export_tiny, packed_layers
 from PIL import Image
 from torch import nn
@@ -98,6 +99,22 @@ def test_both_auto_classes_where_transformers_has_both(tmp_path: Path):
             torch.testing.assert_close(
                 loaded(input_ids=tokens).logits, trained(input_ids=tokens).logits
             )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("trained", [False, True])
+def test_every_family_is_loaded_whole(family: str, trained: bool, tmp_path: Path):
+    """Packed, and as it is in training: no tensor is missed, none is made up."""
+    model = FAMILIES[family]()
+    names = grace.quantize(model, group_size=16)
+    if trained:
+        model.save_pretrained(tmp_path / "out")
+    else:
+        grace.export(model, tmp_path / "out")
+    loaded, info = type(model).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    kind = grace.nn.FakeQuantLinear if trained else grace.nn.PackedLinear
+    assert [n for n, m in loaded.named_modules() if isinstance(m, kind)] == names
 
 
 def test_a_causal_lm_is_not_made_of_what_transformers_has_none_for(packed: Path):
