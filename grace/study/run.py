@@ -269,7 +269,7 @@ def _run_wave(tasks: Sequence[Task], progress: Progress) -> dict[Task, dict[str,
     # The longest first, so that no core waits at the end for one long arm.
     tasks = sorted(tasks, key=_length, reverse=True)
     processes = min(len(tasks), _processes(tasks[0]))
-    alone = processes == 1 and tasks[0].device != "cpu"
+    alone = processes == 1 and (tasks[0].device != "cpu" or tasks[0].config.processes == 1)
     run = _in_sequence(tasks, progress) if alone else _in_processes(tasks, processes, progress)
     return {task: result for task, result in run.items() if result is not None}
 
@@ -291,8 +291,11 @@ def _processes(task: Task) -> int:
 
 
 def units(config: StudyConfig) -> int:
-    """Work of all arms, in training steps, as progress counts it."""
-    return sum(_length(task) for task in _tasks(config, Path(), "cpu", None))
+    """Work of all arms and of the sweep, in training steps, as progress counts it."""
+    tasks = _tasks(config, Path(), "cpu", None)
+    if config.sweep is not None:
+        tasks += sweep_tasks(config, Path(), "cpu", None)
+    return sum(map(_length, tasks))
 
 
 def _length(task: Task) -> int:
