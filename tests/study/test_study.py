@@ -243,7 +243,7 @@ def test_another_configuration_is_named_and_nothing_is_done(
     longer = replace(config.make, student=replace(config.make.student, steps=8))
     with pytest.raises(ValueError, match=r"there and now\): make\.student\.steps: 3 and 8"):
         run_study(replace(config, make=longer), done)
-    with pytest.raises(ValueError, match="arms must be of teacher, .*, got 'qat'"):
+    with pytest.raises(ValueError, match=r"arms must be of teacher, .*, got 'qat'"):
         run_study(config, done, only=["qat"])
     with pytest.raises(ValueError, match=r"seeds must be of \[0\], got 3"):
         run_study(config, done, seeds=[3])
@@ -305,7 +305,7 @@ def test_calibrated_arms_ask_for_grace_ptq_on_training_images(
     task = _task(replace(config, calibration_images=6), done, Arm("awq", 4))
     model = load(task.model_dir("student"))
     monkeypatch.setitem(sys.modules, "grace.ptq", None)
-    with pytest.raises(ValueError, match="must not have awq in this grace, which has no grace.ptq"):
+    with pytest.raises(ValueError, match=r"must not have awq in this grace, .* no grace\.ptq"):
         worker._make(task, model)
     monkeypatch.setitem(sys.modules, "grace.ptq", module)
     assert worker._make(task, model) == 0
