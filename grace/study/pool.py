@@ -108,10 +108,23 @@ def _begin(folder: Path, spec: dict[str, Any]) -> bool:
             if name == DONE:
                 return False
     (folder / "parts").mkdir(parents=True, exist_ok=True)
+    _require_room(folder, spec["images"] * 3 * spec["pixels"] ** 2)
     with (folder / PIXELS).open("ab") as file:
         file.truncate(spec["images"] * 3 * spec["pixels"] ** 2)
     write_whole(folder / "drawing.json", json.dumps(spec))
     return True
+
+
+def _require_room(folder: Path, size: int) -> None:
+    """OSError where the rest of the pictures does not fit the disk."""
+    path = folder / PIXELS
+    held = 512 * path.stat().st_blocks if path.is_file() else 0
+    free = shutil.disk_usage(folder).free
+    if free + held < size:
+        raise OSError(
+            f"study: data must have {size / 2**30:.1f} GiB free, got {(free + held) / 2**30:.1f} "
+            f"GiB in {folder}; fewer train_images or pixels need less"
+        )
 
 
 def _part(folder: Path, start: int) -> Path:

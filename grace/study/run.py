@@ -22,7 +22,7 @@ import torch
 
 from grace.checkpoint import Checkpoint
 from grace.study import models, pool, worker
-from grace.study.arms import Arm, arms_of
+from grace.study.arms import CALIBRATED, Arm, arms_of
 from grace.study.config import StudyConfig, differences
 from grace.study.data import TEACHER, TRAIN, PackedQuestions, cache_teacher, draw
 from grace.study.gather import gather
@@ -137,6 +137,8 @@ def _begin(config: StudyConfig, root: Path) -> None:
                 f"study: {root} must hold a study of the same configuration, got other values "
                 f"(there and now): {'; '.join(different[:4])}; choose another folder"
             )
+    for method in (m for m in CALIBRATED if m in config.arms):
+        worker.calibrated_quantize(method)
     if config.make is None:
         _require_models(config, root)
     root.mkdir(parents=True, exist_ok=True)

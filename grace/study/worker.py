@@ -138,14 +138,20 @@ def _make(task: Task, model: nn.Module) -> int:
     return 0
 
 
-def _calibrate(task: Task, model: nn.Module) -> None:
-    """GPTQ and AWQ, on the first training images."""
+def calibrated_quantize(method: str) -> Any:
+    """`grace.ptq.quantize`; ValueError where this grace has none."""
     try:
         from grace.ptq import quantize
     except ImportError as error:
         raise ValueError(
-            f"study: arms must not have {task.arm.method} in this grace, which has no grace.ptq"
+            f"study: arms must not have {method} in this grace, which has no grace.ptq"
         ) from error
+    return quantize
+
+
+def _calibrate(task: Task, model: nn.Module) -> None:
+    """GPTQ and AWQ, on the first training images."""
+    quantize = calibrated_quantize(task.arm.method)
     quantize(
         model,
         method=task.arm.method,
