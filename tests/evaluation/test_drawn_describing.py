@@ -106,12 +106,12 @@ def test_a_description_tells_every_shape_and_its_place() -> None:
         if scene.text:
             assert text == "text : " + scene.text.replace("\n", " ; ")
         elif scene.items:
-            told = re.findall(r"(\w+) (\w+) (\d) (\d)", text)
+            told = re.findall(r"(\d) (\d) (\w+) (\w+)", text)
             assert Counter(told) == Counter(
-                (i.color, i.shape, str(int(i.x / WIDTH * GRID)), str(int(i.y / WIDTH * GRID)))
+                (str(int(i.y / WIDTH * GRID)), str(int(i.x / WIDTH * GRID)), i.color, i.shape)
                 for i in scene.items
             )
-            assert [row for *_, row in told] == sorted(row for *_, row in told)
+            assert [row for row, *_ in told] == sorted(row for row, *_ in told)
 
 
 def test_the_tokenizer_spells_what_is_no_word_and_forgets_nothing() -> None:

@@ -35,14 +35,18 @@ _Asked = tuple[str, str]  # question, answer
 
 
 def description(scene: Scene) -> str:
-    """`red star 3 0 blue ring 7 4` (column, row; in reading order), `text : CHAT`, or a place."""
+    """`0 3 red star 4 7 blue ring` (row, column, what is there; in reading order), `text : CHAT`,
+    or a landscape.
+
+    The place comes first, so that color and shape only have to be looked up there.
+    """
     if scene.place:
         return landscape_named(scene.place, scene.condition)
     if scene.text:
         return "text : " + scene.text.replace("\n", " ; ")
     cells = [(int(GRID * i.y / WIDTH), int(GRID * i.x / WIDTH), i) for i in scene.items]
     cells.sort(key=lambda cell: cell[:2])
-    return " ".join(f"{item.color} {item.shape} {x} {y}" for y, x, item in cells)
+    return " ".join(f"{y} {x} {item.color} {item.shape}" for y, x, item in cells)
 
 
 def further_questions(example: Example, count: int, rng: Random) -> list[_Asked]:
