@@ -32,6 +32,7 @@ from grace.training.callbacks import read_metrics
 
 FORMAT, VERSION = "grace-study", 1
 QUESTIONS = "questions.npz"
+_EXAMPLES = 6
 Result = Mapping[str, Any]
 
 
@@ -42,9 +43,10 @@ def gather(
 
     Keys: `config`, `environment`, `benchmark` (images, questions, subtasks), `seconds`, `arms`
     (in order, see `_arm`), `differences` (paired, of every arm to the control and to the methods
-    before it at its bits), `example` (an image with every arm's answer), `curves` (rows of
-    metrics.jsonl by arm, of its first seed), `betas` (by arm and seed, [step, β]), `sweep` (by
-    method, `grace.study.sweeping.choose`), `not_swept` (sentences), `models`, `teacher_entropy`.
+    before it at its bits), `examples` (images with every arm's answer; `example` is the first),
+    `curves` (rows of metrics.jsonl by arm, of its first seed), `betas` (by arm and seed, [step,
+    β]), `sweep` (by method, `grace.study.sweeping.choose`), `not_swept` (sentences), `models`,
+    `teacher_entropy`.
     """
     write_questions(root, questions_of(next(iter(done))), list(done))
     return summarize(config, root, list(done), list(done.values()), seconds)
@@ -56,9 +58,9 @@ def summarize(
     tasks: Sequence[Task],
     results: Sequence[Result],
     seconds: float,
-    example: Mapping[str, Any] | None = None,
+    examples: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
-    """As `gather`, from questions.npz and results alone; `example` without answers, None: chosen
+    """As `gather`, from questions.npz and results alone; `examples` without answers, none: chosen
     and drawn."""
     by_arm: dict[Arm, list[Result]] = {}
     for arm in arms_of(config):
@@ -67,7 +69,9 @@ def summarize(
             by_arm[arm] = own
     first = results[0]["score"]
     answers = read_questions(root / QUESTIONS)
-    shown = example or _picture(tasks[0], _telling(answers, [t.folder.name for t in tasks]))
+    telling = _telling(answers, [task.folder.name for task in tasks])
+    shown = examples or [_picture(tasks[0], index) for index in telling]
+    with_answers = [_with_answers(one, answers, tasks) for one in shown]
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -83,7 +87,8 @@ def summarize(
         },
         "arms": [_arm(arm, own) for arm, own in by_arm.items()],
         "differences": _differences(by_arm),
-        "example": _with_answers(shown, answers, tasks),
+        "example": with_answers[0],
+        "examples": with_answers,
         "curves": _curves(tasks),
         "betas": _betas(tasks),
         "sweep": _json(root / SWEEP),
@@ -251,16 +256,19 @@ def _teacher_entropy(
     }
 
 
-def _telling(answers: Mapping[str, np.ndarray], names: Sequence[str]) -> int:
-    """The first question that the teacher answers right and the other arms do not all answer
-    alike; 0 where there is none."""
+def _telling(answers: Mapping[str, np.ndarray], names: Sequence[str]) -> list[int]:
+    """Questions that the teacher answers right and the other arms do not all answer alike: the
+    first of each subtask, of at most six; the very first question where there is none."""
     students = [answers[f"said.{name}"] for name in names if not name.startswith("teacher-")]
     differ = np.zeros(len(answers["truth"]), bool)
     for said in students[1:]:
         differ |= said != students[0]
     for name in (name for name in names if name.startswith("teacher-")):
         differ &= answers[f"right.{name}"]
-    return int(differ.argmax())
+    first: dict[str, int] = {}
+    for index in np.flatnonzero(differ).tolist():
+        first.setdefault(str(answers["subtask"][index]), index)
+    return list(first.values())[:_EXAMPLES] or [0]
 
 
 def _picture(task: Task, index: int) -> dict[str, Any]:

@@ -50,9 +50,9 @@ def merge(parts: Sequence[Path], out: Path) -> dict[str, Any]:
     save_questions(out, common | answers_of(tasks))
     results = [found[task.folder.name][1] for task in tasks]
     studies = [json.loads((part / STUDY).read_text()) for part in parts]
-    example = {k: v for k, v in studies[0]["example"].items() if k != "answers"}
+    shown = [{k: v for k, v in e.items() if k != "answers"} for e in studies[0]["examples"]]
     seconds = sum(study["seconds"] for study in studies)
-    study = summarize(config, out, tasks, results, seconds, example)
+    study = summarize(config, out, tasks, results, seconds, shown)
     study |= {"environment": studies[0]["environment"], "unfinished": []}
     study["environments"] = [part["environment"] for part in studies]
     write_whole(out / CONFIG, json.dumps(config.as_dict(), indent=1))

@@ -158,19 +158,37 @@ def _calibrate(task: Task, model: nn.Module) -> None:
         batches=calibration_batches(task),
         bits=task.arm.bits,
         group_size=task.config.group_size,
+        progress=False,
     )
 
 
 def calibration_batches(task: Task) -> list[dict[str, Any]]:
-    """Inputs of the model for the first `calibration_images` training images, on its device."""
-    data = training_data(task)
-    count = min(task.config.calibration_images, len(data))
+    """Inputs of the model for the first `calibration_images` training images, on its device.
+
+    A batch holds images whose rows are equally long: padding would be calibrated on as well.
+    """
+    data, pad = training_data(task), task.processor.tokenizer.pad_token_id
+    by_length: dict[int, list[dict[str, Any]]] = {}
+    for index in range(min(task.config.calibration_images, len(data))):
+        row = _without_padding(model_inputs(data.collate([data[index]])), pad)
+        by_length.setdefault(row["input_ids"].shape[1], []).append(row)
     batches = []
-    for start in range(0, count, _CALIBRATION_BATCH):
-        items = [data[index] for index in range(start, min(start + _CALIBRATION_BATCH, count))]
-        moved = {name: value.to(task.device) for name, value in data.collate(items).items()}
-        batches.append(model_inputs(as_inputs(moved)))
+    for _, rows in sorted(by_length.items()):
+        for start in range(0, len(rows), _CALIBRATION_BATCH):
+            part = rows[start : start + _CALIBRATION_BATCH]
+            joined = {name: torch.cat([row[name] for row in part]) for name in part[0]}
+            batches.append(as_inputs({k: v.to(task.device) for k, v in joined.items()}))
     return batches
+
+
+def _without_padding(inputs: dict[str, Any], pad: int) -> dict[str, Any]:
+    """Inputs of one row up to its last token."""
+    count = int((inputs["input_ids"] != pad).sum())
+    tokens = ("input_ids", "position_ids", "blocks")
+    cut = {name: inputs[name][:, :count] for name in tokens if name in inputs}
+    if "attention_mask" in inputs:
+        cut["attention_mask"] = inputs["attention_mask"][..., :count, :count]
+    return {**inputs, **cut}
 
 
 def training_config(task: Task, **options: Any) -> GraceConfig:

@@ -310,9 +310,12 @@ def test_calibrated_arms_ask_for_grace_ptq_on_training_images(
     monkeypatch.setitem(sys.modules, "grace.ptq", module)
     assert worker._make(task, model) == 0
     batches = asked.pop("batches")
-    assert asked == {"method": "awq", "bits": 4, "group_size": 16}
-    assert [len(batch["input_ids"]) for batch in batches] == [6]
-    assert model(**batches[0]).logits.isfinite().all()
+    assert asked == {"method": "awq", "bits": 4, "group_size": 16, "progress": False}
+    assert sum(len(batch["input_ids"]) for batch in batches) == 6
+    for batch in batches:
+        assert (batch["input_ids"] != 0).all()  # no padding to be calibrated on
+        assert batch["attention_mask"].shape[-1] == batch["input_ids"].shape[1]
+        assert model(**batch).logits.isfinite().all()
 
 
 def test_the_sweep_takes_the_best_rate_of_the_validation_split(
