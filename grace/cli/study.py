@@ -20,7 +20,7 @@ class _RunByDefault(TyperGroup):
 app = typer.Typer(
     cls=_RunByDefault,
     help="Quantization-aware training against post-training quantization: "
-    "grace study CONFIG.yaml [key=value …].",
+    "grace study CONFIG.yaml key=value …",
 )
 
 
