@@ -15,72 +15,19 @@ import pytest
 import torch
 import yaml
 
-from grace.cli import main
 from grace.evaluation import answer
 from grace.study import worker
-from grace.study.arms import METHODS, Arm, arms_of
-from grace.study.config import StudyConfig, SweepConfig
+from grace.study.arms import Arm
+from grace.study.config import StudyConfig
 from grace.study.gather import read_questions
 from grace.study.merge import merge
-from grace.study.models import load, processor_of
-from grace.study.options import from_dict
+from grace.study.models import load
 from grace.study.questions import ask, on_device
 from grace.study.report import write_report
 from grace.study.run import run_study
-from grace.study.sweeping import choose, sweep_tasks, told
 from grace.study.task import Task, questions_of
 
-MODEL = {
-    "width": 16,
-    "inner": 32,
-    "layers": 2,
-    "heads": 2,
-    "vision_width": 16,
-    "vision_layers": 1,
-    "steps": 3,
-    "batch_images": 4,
-    "warmup_steps": 1,
-    "save_steps": 2,
-}
-OPTIONS: dict[str, Any] = {
-    "benchmark": "drawn",
-    "seeds": [0],
-    "bits": [4],
-    "arms": ["teacher", "student", "control", "rtn", "grace"],
-    "ptq_from": ["student", "control"],
-    "levels": ["easy"],
-    "pixels": 56,
-    "train_images": 16,
-    "heldout_images": 4,
-    "validation_images": 2,
-    "further_questions": 1,
-    "steps": 3,
-    "batch_images": 4,
-    "warmup_steps": 1,
-    "group_size": 16,
-    "cka_images": 4,
-    "save_steps": 2,
-    "processes": 1,
-    "make": {"teacher": {**MODEL, "width": 32, "inner": 64}, "student": MODEL},
-}
 NAMES = ["teacher-s0", "student-s0", "control-s0", "rtn-4-s0", "rtn-4-control-s0", "grace-4-s0"]
-
-
-@pytest.fixture(scope="module")
-def config() -> StudyConfig:
-    return from_dict(OPTIONS)
-
-
-@pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory, config: StudyConfig) -> Path:
-    out = tmp_path_factory.mktemp("study") / "whole"
-    run_study(config, out)
-    return out
-
-
-@pytest.fixture(scope="module")
-def study(done: Path) -> dict[str, Any]:
-    return json.loads((done / "study.json").read_text())
 
 
 def _task(config: StudyConfig, root: Path, arm: Arm, **options: Any) -> Task:
@@ -88,10 +35,10 @@ def _task(config: StudyConfig, root: Path, arm: Arm, **options: Any) -> Task:
 
 
 def test_killed_anywhere_it_ends_as_if_it_had_not_been(
-    done: Path, config: StudyConfig, tmp_path: Path
+    done: Path, config: StudyConfig, options: dict[str, Any], tmp_path: Path
 ) -> None:
     file, out = tmp_path / "config.yaml", tmp_path / "killed"
-    file.write_text(yaml.safe_dump(OPTIONS))
+    file.write_text(yaml.safe_dump(options))
     places = [
         "making-teacher/checkpoint-2",
         "models/teacher",
@@ -261,180 +208,3 @@ def test_other_models_in_the_same_folder_are_refused(
     shutil.copytree(done / "models" / "student", part / "models" / "teacher")
     with pytest.raises(ValueError, match=r"result.json must be of this study \(weights "):
         run_study(config, part, only=["student"])
-
-
-def test_arms_are_what_they_are_called(config: StudyConfig, tmp_path: Path) -> None:
-    every = replace(config, arms=tuple(METHODS), tuned={"grace": {"beta_init": 0.5}})
-    made = {
-        arm.name: worker.training_config(_task(every, tmp_path, arm))
-        for arm in arms_of(every)
-        if arm.trained
-    }
-    grace = made["grace-4"]
-    assert (grace.distillation, grace.gate, grace.adaptive_beta) == ("gdkd", True, True)
-    assert (grace.omega, grace.group_size, grace.beta_init) == (1.0, 16, 0.5)
-    changed = {
-        "grace-no-gate-4": {"gate"},
-        "grace-no-rcka-4": {"omega"},
-        "grace-fixed-beta-4": {"adaptive_beta"},
-        "grace-per-channel-4": {"group_size"},
-        "distil": {"quantization"},
-    }
-    for name, fields in changed.items():
-        own, base = made[name].to_dict(), grace.to_dict()
-        differ = {key for key in base if own[key] != base[key]}
-        assert differ - {"output_dir", "logging_dir", "run_name"} == fields, name
-    assert made["grace-no-gate-4"].gate is False
-    assert made["grace-no-rcka-4"].omega == 0
-    assert made["grace-per-channel-4"].group_size == -1
-    assert made["qat-4"].distillation == made["control"].distillation == "none"
-    assert not made["qat-4"].needs_teacher
-    same = ("max_steps", "per_device_train_batch_size", "seed", "warmup_steps", "weight_decay")
-    for name in same:
-        assert len({getattr(options, name) for options in made.values()}) == 1, name
-
-
-def test_calibrated_arms_ask_for_grace_ptq_on_training_images(
-    done: Path, config: StudyConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from types import ModuleType
-
-    asked: dict[str, Any] = {}
-    module: Any = ModuleType("grace.ptq")
-    module.quantize = lambda model, **options: asked.update(options)
-    task = _task(replace(config, calibration_images=6), done, Arm("awq", 4))
-    model = load(task.model_dir("student"))
-    monkeypatch.setitem(sys.modules, "grace.ptq", None)
-    with pytest.raises(ValueError, match=r"must not have awq in this grace, .* no grace\.ptq"):
-        worker._make(task, model)
-    monkeypatch.setitem(sys.modules, "grace.ptq", module)
-    assert worker._make(task, model) == 0
-    batches = asked.pop("batches")
-    assert asked == {"method": "awq", "bits": 4, "group_size": 16, "progress": False}
-    assert sum(len(batch["input_ids"]) for batch in batches) == 6
-    for batch in batches:
-        assert (batch["input_ids"] != 0).all()  # no padding to be calibrated on
-        assert batch["attention_mask"].shape[-1] == batch["input_ids"].shape[1]
-        assert model(**batch).logits.isfinite().all()
-
-
-def test_the_sweep_takes_the_best_rate_of_the_validation_split(
-    config: StudyConfig, tmp_path: Path
-) -> None:
-    every = replace(
-        config,
-        arms=("student", "control", "distil", "rtn", "qat", "grace", "grace-no-gate"),
-        sweep=SweepConfig(learning_rates=(1e-4, 1e-3, 1e-2)),
-        bits=(4, 2),
-    )
-    tasks = sweep_tasks(every, tmp_path, "cpu", None)
-    assert len(tasks) == 4 * 3  # control, distil, qat, grace: as many candidates for each
-    assert {task.split for task in tasks} == {"validation"}
-    assert {task.arm.bits for task in tasks if task.arm.quantized} == {4}
-    assert [worker.training_config(t).learning_rate for t in tasks[:3]] == [1e-4, 1e-3, 1e-2]
-    totals = [1, 3, 2, 5, 5, 5, 1, 2, 3, 9, 8, 7]
-    results = [
-        {"score": {"total": total, "questions": 36}, "arm": task.arm.name}
-        for total, task in zip(totals, tasks, strict=True)
-    ]
-    found = choose(every, results)
-    assert [entry["chosen"] for entry in found.values()] == [1e-3, 1e-4, 1e-2, 1e-4]
-    assert [entry["at_edge"] for entry in found.values()] == [False, True, True, True]
-    (tmp_path / "sweep.json").write_text(json.dumps(found))
-    rates = {
-        arm.name: worker.training_config(_task(every, tmp_path, arm)).learning_rate
-        for arm in arms_of(every)
-        if arm.trained
-    }
-    assert rates["qat-4"] == rates["qat-2"] == 1e-2
-    assert rates["grace-2"] == rates["grace-no-gate-4"] == 1e-4
-    assert (rates["control"], rates["distil"]) == (1e-3, 1e-4)
-    assert any("grace-no-gate take the learning rate of grace" in line for line in told(every))
-
-
-def test_a_sweep_runs_before_the_arms(done: Path, config: StudyConfig, tmp_path: Path) -> None:
-    swept = replace(config, arms=("student", "qat"), ptq_from=("student",), save_steps=0)
-    swept = replace(swept, sweep=SweepConfig(learning_rates=(1e-3, 1e-2)))
-    (tmp_path / "data").mkdir()
-    for split in ("train", "heldout"):
-        (tmp_path / "data" / split).symlink_to(done / "data" / split)
-    (tmp_path / "models").symlink_to(done / "models")
-    study = run_study(swept, tmp_path)
-    assert study["sweep"].keys() == {"qat"}
-    arm = study["arms"][-1]
-    assert arm["learning_rate"] == study["sweep"]["qat"]["chosen"]
-    tried = json.loads(next(tmp_path.glob("sweep/*lr0.01/result.json")).read_text())
-    assert (tried["split"], tried["deployed"]) == ("validation", False)
-    folder = tmp_path / "data" / "validation"
-    assert json.loads((folder / "pool.json").read_text())["split"] == "validation"
-    assert processor_of(tmp_path / "models" / "student").tokenizer.pad_token_id == 0
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"stepz": 3}, "unknown option stepz, did you mean 'steps'"),
-        ({"make": {"student": MODEL}}, "make.teacher must be given"),
-        ({"sweep": {"learning_rates": ["fast"]}}, "sweep.learning_rates must be a number"),
-        ({"arms": ["student", "gracE"], "ptq_from": ["student"]}, "method must be one of"),
-        ({"arms": ["student", "rtn"]}, "must have control for ptq_from control"),
-        ({"bits": [1]}, "bits must be 2 to 8, got 1"),
-        ({"steps": 2.5}, "steps must be a whole number, got 2.5"),
-        ({"levels": ["brutal"]}, "levels must be of easy, medium, hard"),
-        ({"tuned": {"grace": {"taau": 1}}}, "unknown option 'taau', did you mean 'tau'"),
-        ({"tuned": {"graze": {"tau": 1}}}, "tuned must name arms of the study, got 'graze'"),
-        ({"seeds": [1, 1]}, "seeds must be different values"),
-        ({"models": "there"}, "make must be given without models"),
-    ],
-)
-def test_bad_input_is_one_line_and_writes_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture, change: dict[str, Any], message: str
-) -> None:
-    file = tmp_path / "config.yaml"
-    file.write_text(yaml.safe_dump({**OPTIONS, **change}))
-    with pytest.raises(SystemExit) as stop:
-        main(["study", str(file), "--out", str(tmp_path / "out")])
-    assert stop.value.code == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1
-    assert message in lines[0]
-    assert not (tmp_path / "out").exists()
-
-
-def test_the_command_takes_overrides_and_a_subset(
-    done: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    file = tmp_path / "config.yaml"
-    file.write_text(yaml.safe_dump({**OPTIONS, "steps": 9}))
-    with pytest.raises(SystemExit) as stop:
-        main(["study", str(file), "steps=3", "--out", str(done), "--arms", "student,rtn"])
-    assert stop.value.code == 0
-    assert f"report: {done / 'report.html'}" in capsys.readouterr().out.replace("\n", "")
-    with pytest.raises(SystemExit):
-        main(["study", str(file), "--out", str(done)])
-    assert "steps: 3 and 9" in capsys.readouterr().err
-
-
-def test_the_default_study_has_what_it_promises() -> None:
-    from grace.evaluation.drawn.models import make_model
-    from grace.study.options import read_config
-    from grace.study.pool import spec_of
-
-    config = read_config(Path(__file__).parents[2] / "studies" / "default" / "study.yaml")
-    assert config.make is not None
-    with torch.device("meta"):
-        sizes = {
-            which: sum(
-                p.numel()
-                for p in make_model(
-                    replace(getattr(config.make, which)).size, 0, config.pixels
-                ).parameters()
-            )
-            for which in ("teacher", "student")
-        }
-    assert sizes["teacher"] >= 4 * sizes["student"]
-    assert 2 * spec_of(config, "heldout")["images"] >= 15000
-    assert set(config.arms) == set(METHODS)
-    assert config.bits == (8, 4, 3, 2)
-    recipe = config.make.student
-    assert recipe.width % config.group_size == recipe.inner % config.group_size == 0
