@@ -17,6 +17,9 @@ _COLORS = {
     "qat": "#d9822b",
     "kd": "#b5496a",
     "grace": "#2e8b57",
+    "distil": "#1f5f5b",
+    "gptq": "#8a6d1a",
+    "awq": "#e0b84c",
 }
 
 
@@ -34,6 +37,11 @@ def title(arm: Mapping[str, Any]) -> str:
     return arm["label"] if arm["bits"] == FULL else f"{arm['label']}, {arm['bits']} bits"
 
 
+def _color(method: str) -> str:
+    """A variant has the color of what it varies."""
+    return _COLORS.get(method) or _COLORS.get(method.split("-")[0], "#555555")
+
+
 def _named_curves(study: Mapping[str, Any]) -> dict[str, Sequence[Mapping[str, Any]]]:
     titles = {arm["name"]: title(arm) for arm in study["arms"]}
     return {titles[name]: rows for name, rows in study["curves"].items()}
@@ -45,7 +53,7 @@ def _styles(arms: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, str]]:
     lowest = min(low) if len(set(low)) > 1 else None
     return {
         title(arm): {
-            "color": _COLORS[arm["method"]],
+            "color": _color(arm["method"]),
             "linestyle": "--" if arm["bits"] == lowest else "-",
         }
         for arm in arms
@@ -63,7 +71,7 @@ def _scores(arms: Sequence[Mapping[str, Any]], path: Path) -> Path:
         places,
         [arm["total"] for arm in arms],
         xerr=[arm["total_error"] for arm in arms],
-        color=[_COLORS[arm["method"]] for arm in arms],
+        color=[_color(arm["method"]) for arm in arms],
         height=0.7,
         capsize=3,
     )
