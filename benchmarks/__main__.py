@@ -1,9 +1,13 @@
-"""``python -m benchmarks [NAME …]``: run, print the tables, write ``benchmarks/results``."""
+"""``python -m benchmarks [NAME …]``: run, print the tables, write ``benchmarks/results``.
+
+``python -m benchmarks generate`` is a program of its own: ``--help`` tells its options.
+"""
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
+import sys
 import time
 from collections import Counter
 from typing import Annotated
@@ -16,12 +20,14 @@ from benchmarks import results
 from benchmarks.harness import OURS, Benchmark, Ceiling, Selection, measure_ceiling, run
 
 _SECONDS_BETWEEN_COPIES = 10.0
+_PROGRAMS = ("generate",)  # benchmarks with options of their own: run by name, and alone
 
 
 def available() -> list[str]:
     """Names of the declared benchmarks: the files ``bench_<name>.py``."""
     found = (module.name for module in pkgutil.iter_modules(benchmarks.__path__))
-    return [name.removeprefix("bench_") for name in found if name.startswith("bench_")]
+    names = [name.removeprefix("bench_") for name in found if name.startswith("bench_")]
+    return [name for name in names if name not in _PROGRAMS]
 
 
 def load(name: str) -> Benchmark:
@@ -101,5 +107,19 @@ def main(
         raise typer.Exit(1)
 
 
+def start(arguments: list[str], standalone: bool = True) -> None:
+    """Runs the program that the first argument names, or the benchmarks that all of them name.
+
+    Not standalone, what typer has to say of the arguments is raised and not printed.
+    """
+    name, rest, program = "python -m benchmarks", arguments, main
+    if arguments[:1] and arguments[0] in _PROGRAMS:
+        name, rest = f"{name} {arguments[0]}", arguments[1:]
+        program = importlib.import_module(f"benchmarks.bench_{arguments[0]}").main
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(program)
+    app(rest, prog_name=name, standalone_mode=standalone)
+
+
 if __name__ == "__main__":
-    typer.run(main)
+    start(sys.argv[1:])

@@ -53,6 +53,7 @@ class Step:
         mixed = masters == torch.float32 and device.type == "cuda"
         self.plain, theirs = (with_own_layers(self.student) for _ in range(2))
         options = {"bf16": mixed, "use_cpu": device.type == "cpu", "report_to": "none"}
+        options["gradient_checkpointing"] = True  # as `build` makes the models
         self._folder = tempfile.TemporaryDirectory()  # the trainer wants one
         config = GraceConfig(
             output_dir=self._folder.name,
@@ -92,14 +93,22 @@ class Step:
         for parameter in self.student.parameters():
             parameter.grad = None
 
-    def ours(self, hold: bool = False) -> Tensor:
+    def ours(self) -> Tensor:
         """The trainer's step, teacher included."""
-        self.trainer.args.hold_quantized = hold
         try:
             return self.gradient(lambda: self.trainer.compute_loss(self.model, dict(self.batch)))
         finally:
             release(self.trainer.adapter.layers)
             self.trainer._meter.take(interrupted=False)
+
+    def other_way(self) -> Tensor:
+        """Quantized weights held if by default they are not, or not held if they are."""
+        trainer = self.trainer
+        trainer.holds_quantized = not trainer.holds_quantized
+        try:
+            return self.ours()
+        finally:
+            trainer.holds_quantized = not trainer.holds_quantized
 
     def theirs(self) -> Tensor:
         """The authors' step."""
@@ -130,7 +139,6 @@ class Step:
         def forward() -> None:
             found.append(self.trainer.compute_loss(self.model, batch))
 
-        self.trainer.args.hold_quantized = False
         steps = (
             ("teacher", plan),
             ("student and losses", forward),
@@ -187,12 +195,12 @@ def setup(
     )
     why = shortage(*sizes, shape, dtype) if device.type == "cuda" else ""
     if why:
-        sides = (OURS, "held", "authors", "SFT", "teacher")
+        sides = (OURS, "authors", "SFT", "teacher")
         return Case({}, lambda: torch.zeros(1), 0.0, absent=dict.fromkeys(sides, why))
     step = Step(*names, shape, dtype, device)
     work = {
         OURS: step.ours,
-        "held": lambda: step.ours(hold=True),
+        "not held" if step.trainer.holds_quantized else "held": step.other_way,
         "authors": step.theirs,
         "SFT": step.fine_tuning,
         "teacher": step.teaching,
@@ -228,10 +236,10 @@ def _facts(
     step: Step, name: str, call: Callable[[], Any], medians: Mapping[str, float]
 ) -> dict[str, Any]:
     """Beside time and memory: what the time goes to, and the ratio that we aim at."""
-    found: dict[str, Any] = {"breakdown_ms": breakdown(call, step.device)}
+    found: dict[str, Any] = {"breakdown_ms": breakdown(call, step.device, 1e3 * medians[name])}
     if step.device.type == "cuda":
         found["resident_mib"] = round(torch.cuda.memory_allocated() / 2**20, 1)
-    if name in (OURS, "held") and {"SFT", "teacher"} <= set(medians):
+    if name in (OURS, "held", "not held") and {"SFT", "teacher"} <= set(medians):
         found["of_sft_and_teacher"] = round(
             medians[name] / (medians["SFT"] + medians["teacher"]), 4
         )

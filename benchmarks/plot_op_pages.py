@@ -8,7 +8,6 @@ results hold. ``--check`` only compares; a chart carries a digest of the numbers
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import re
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import profile_kernels, results
+from benchmarks.pages import drawn_from, gpu_results, png
 from benchmarks.plot_dequant_gemm import absences, markdown
 
 OPS = (
@@ -166,7 +166,7 @@ def chart(op: str, every: Sequence[Point]) -> bytes:
     for label, (_, side) in zip(time.get_yticklabels(), rows, strict=True):
         label.set_fontweight("normal" if side else "bold")
     time.set_ylim(len(rows) - 0.5, -0.5)
-    return _png(figure, digest(every))
+    return png(figure, digest(every))
 
 
 def _rows(every: Sequence[Point]) -> list[tuple[Point, str]]:
@@ -222,29 +222,6 @@ def digest(every: Sequence[Point]) -> str:
     return hashlib.sha256(json.dumps(shown).encode()).hexdigest()[:16]
 
 
-def _png(figure: Any, data: str) -> bytes:
-    """Few colors and the digest: a small file that says what it was drawn from."""
-    from PIL import Image
-    from PIL.PngImagePlugin import PngInfo
-
-    drawn, small, info = io.BytesIO(), io.BytesIO(), PngInfo()
-    figure.savefig(drawn)
-    info.add_text("data", data)
-    image = Image.open(drawn).convert("RGB").quantize(64, Image.Quantize.MAXCOVERAGE)
-    image.save(small, "PNG", optimize=True, pnginfo=info)
-    return small.getvalue()
-
-
-def drawn_from(path: Path) -> str:
-    """The digest that a chart carries; empty where there is none."""
-    from PIL import Image
-
-    if not path.exists():
-        return ""
-    with Image.open(path) as image:
-        return str(image.info.get("data", ""))
-
-
 # --- pages ---------------------------------------------------------------------------------------
 
 
@@ -267,15 +244,8 @@ class Page:
 
 def pages() -> list[Page]:
     """The ops whose page has the block."""
-    found = [Page(op, _contents(op)) for op in OPS]
+    found = [Page(op, gpu_results(op)) for op in OPS]
     return [page for page in found if _BLOCK.search(page.path.read_text())]
-
-
-def _contents(op: str) -> dict[str, Any]:
-    """Committed results of GPUs."""
-    paths = sorted(results.ROOT.glob(f"*/{op}.json"))
-    gpus = [path for path in paths if not path.parent.name.startswith("cpu-")]
-    return {path.parent.name: json.loads(path.read_text()) for path in gpus}
 
 
 def section(
@@ -325,8 +295,8 @@ def _footnote(every: Iterable[Point]) -> str:
 
 def measured(page: Page) -> str:
     """What stands between the markers."""
-    fused = _contents("gated_dkd") if page.op == "linear_gated_dkd" else {}
-    kernels = _contents(f"{page.op}_kernels")
+    fused = gpu_results("gated_dkd") if page.op == "linear_gated_dkd" else {}
+    kernels = gpu_results(f"{page.op}_kernels")
     sections = [section(page, gpu, fused.get(gpu), kernels.get(gpu)) for gpu in page.contents]
     return "\n\n".join(sections) or "No result of a GPU is committed yet."
 

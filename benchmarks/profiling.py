@@ -29,24 +29,22 @@ _COMPONENTS = (
 _CPU = torch.autograd.DeviceType.CPU
 
 
-def breakdown(work: Callable[[], Any], device: torch.device) -> dict[str, float]:
-    """Milliseconds of one call by component, and `idle`: wall clock without any kernel.
+def breakdown(work: Callable[[], Any], device: torch.device, took_ms: float) -> dict[str, float]:
+    """Milliseconds of one call by component, and `idle`: the rest of `took_ms`, which the call
+    takes when it is not profiled.
 
     On a CPU the ops' own times stand for kernels.
     """
     gpu = device.type == "cuda"
-    _wait(device)
     with profile(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]) as profiler:
-        start = time.perf_counter()
         work()
         _wait(device)
-        wall = time.perf_counter() - start
     spent: dict[str, float] = defaultdict(float)
     for event in profiler.events():
         if event.device_type == (torch.autograd.DeviceType.CUDA if gpu else _CPU):
             micros = event.time_range.elapsed_us() if gpu else event.self_cpu_time_total
             spent[component(event.name)] += micros / 1e3
-    spent["idle"] = max(0.0, wall * 1e3 - sum(spent.values()))
+    spent["idle"] = max(0.0, took_ms - sum(spent.values()))
     return {name: round(ms, 3) for name, ms in sorted(spent.items(), key=lambda item: -item[1])}
 
 

@@ -192,6 +192,7 @@ def measure(size: Size, side: str, accumulation: int, out: Path) -> None:
             gradient_checkpointing=size.cuda,
             logging_steps=10**6,
             save_strategy="no",
+            dataloader_num_workers=2 if size.cuda else 0,
             disable_tqdm=True,
             **options,
         )

@@ -13,7 +13,7 @@ from grace import integrations
 from grace.version import __version__
 
 if TYPE_CHECKING:
-    from grace import evaluation, export, losses, nn, ops, packing, ptq, study, training
+    from grace import evaluation, export, generation, losses, nn, ops, packing, ptq, study, training
     from grace.importing import import_published
     from grace.integrations.transformers import accelerate
     from grace.quantization import pack, quantize
@@ -27,7 +27,18 @@ _ATTRIBUTES = {
     "pack": "grace.quantization",
     "quantize": "grace.quantization",
 }
-_MODULES = ("evaluation", "export", "losses", "nn", "ops", "packing", "ptq", "study", "training")
+_MODULES = (
+    "evaluation",
+    "export",
+    "generation",
+    "losses",
+    "nn",
+    "ops",
+    "packing",
+    "ptq",
+    "study",
+    "training",
+)
 
 __all__ = [
     "GraceConfig",
@@ -36,6 +47,7 @@ __all__ = [
     "accelerate",
     "evaluation",
     "export",
+    "generation",
     "import_published",
     "losses",
     "nn",

@@ -55,8 +55,11 @@ class Certificate:
         """Writes the certificate into the checkpoint's directory."""
         content = json.dumps({"ok": self.ok, **asdict(self)}, indent=2) + "\n"
         partial = directory / f".{FILE}.{os.getpid()}"
-        partial.write_text(content, encoding="utf-8")
-        partial.replace(directory / FILE)
+        try:
+            partial.write_text(content, encoding="utf-8")
+            partial.replace(directory / FILE)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def start(checkpoint: Checkpoint) -> Certificate:

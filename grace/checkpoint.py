@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from grace.training.files import sync_tree
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -51,7 +53,8 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     """Names, dtypes and shapes of the tensors of a safetensors file, without reading them.
 
     Raises:
-        ValueError: it is not a safetensors file, or is shorter or longer than its header says.
+        ValueError: it is not a safetensors file, is shorter or longer than its header says, or has
+            a header that contradicts itself.
     """
     size = file.stat().st_size
     try:
@@ -68,6 +71,10 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     expected = 8 + length + max(ends, default=0)
     if size != expected:
         raise ValueError(f"checkpoint: {file.name} must have {expected} bytes, got {size}")
+    try:
+        safe_open(file, framework="pt").__exit__(None, None, None)
+    except SafetensorError as error:
+        raise ValueError(f"checkpoint: {file.name} must be a whole file, got {error}") from None
     return tensors
 
 
@@ -185,7 +192,13 @@ def check_target(target: Path, overwrite: bool) -> None:
 
     Raises:
         ValueError: it is a file, or holds something that is not to be overwritten.
+        NotADirectoryError, PermissionError: it cannot be made there.
     """
+    parent = next(place for place in target.absolute().parents if place.exists())
+    if not parent.is_dir():
+        raise NotADirectoryError(f"export: dst must be in a directory, got the file {parent}")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"export: dst must be in a directory to write in, got {parent}")
     if target.exists() and not target.is_dir():
         raise ValueError(f"export: dst must be a directory, got the file {target}")
     if not target.is_dir() or not any(target.iterdir()):
@@ -216,6 +229,7 @@ def written_whole(target: Path, overwrite: bool = False) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
+        sync_tree(partial)
         if target.exists():
             target.rename(replaced)
         partial.rename(target)

@@ -21,6 +21,7 @@ from grace.checkpoint import Checkpoint, check_target, copy_companions, written_
 from grace.formats.compressed_tensors import Scheme
 from grace.formats.layouts import COMPRESSED, LAYOUTS, Layout
 from grace.importing import readable
+from grace.loading import bad_config_told
 from grace.nn import FakeQuantLinear, PackedLinear
 from grace.quantization import check_packable, packed_config
 from grace.shards import ShardWriter
@@ -110,7 +111,8 @@ def load(directory: str | os.PathLike[str]) -> nn.Module:
         raise ValueError(
             f"checkpoint: architectures must name a transformers model, got {names[0]}"
         )
-    with readable(directory) as copy:
+    must = f"checkpoint: {directory} must hold a {names[0]} that transformers loads"
+    with readable(directory) as copy, bad_config_told(must):
         model, info = architecture.from_pretrained(copy, dtype="auto", output_loading_info=True)
     for kind in ("missing_keys", "mismatched_keys"):
         if info[kind]:

@@ -26,7 +26,7 @@ from grace.checkpoint import (
 from grace.formats import compressed_tensors
 from grace.formats.compressed_tensors_config import make_config
 from grace.shards import ShardWriter
-from grace.skeleton import Skeleton
+from grace.skeleton import Skeleton, build
 from grace.sources import PUBLISHED_AWQ, PUBLISHED_CODES, Source, recognise
 from grace.stored import read as read_by_shifts
 
@@ -112,7 +112,7 @@ class _Plan:
             if self.original
             else {key: value for key, value in before.items() if key != "awq_packing"}
         )
-        skeleton = Skeleton(self.model_config)
+        skeleton = Skeleton(build(self.model_config))
         names = {stem: skeleton.name_of(self._renamed(f"{stem}.weight")) for stem in source.stems}
         self.names = {stem: name.removesuffix(".weight") for stem, name in names.items()}
         if not self.names:
@@ -130,7 +130,7 @@ class _Plan:
         found |= {f"{name}.weight": self.shapes[stem] for stem, name in self.names.items()}
         for name in self.dense:
             found[skeleton.name_of(self._renamed(name))] = self._written_shape(name)
-        skeleton.check_complete(found)
+        skeleton.check_complete(found, "import", "src")
         quantized = {name: self.schemes[stem] for stem, name in self.names.items()}
         self.config = make_config(quantized, skeleton.other_linears(quantized))
 

@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -36,6 +37,7 @@ class ShardWriter:
 
     Raises:
         ValueError: a size that is none, or a name that was there before.
+        OSError: a disk that is full, or cannot be written.
     """
 
     def __init__(self, directory: Path, max_shard_size: str | int = "5GB") -> None:
@@ -77,7 +79,14 @@ class ShardWriter:
             (self.directory / INDEX).write_text(text, encoding="utf-8")
 
     def _flush(self) -> None:
-        save_file(self._tensors, self._partial(len(self._shards)), metadata={"format": "pt"})
+        file = self._partial(len(self._shards))
+        try:
+            save_file(self._tensors, file, metadata={"format": "pt"})
+        except SafetensorError as error:  # no OSError, and it names no file
+            raise OSError(
+                f"export: {self.directory.parent} must have room for {self._size} more bytes, "
+                f"got {error}"
+            ) from error
         self._shards.append(list(self._tensors))
         self._tensors, self._size = {}, 0
 

@@ -7,34 +7,20 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
-# What transformers raises for a config that it cannot make a model of.
-_BAD_CONFIG = (
-    ArithmeticError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    RuntimeError,
-    StrictDataclassError,
-    TypeError,
-    ValueError,
-)
+from grace.loading import bad_config_told
 
 
 class Skeleton:
-    """The model that a checkpoint's config describes, on the meta device.
+    """A model of transformers, of which only names and shapes are asked.
 
     Args:
-        config: content of its config.json.
-
-    Raises:
-        ValueError: a config that describes no model of transformers.
+        model: the model, on the meta device or elsewhere.
     """
 
-    def __init__(self, config: dict[str, Any]) -> None:
-        self.model = _build(config)
+    def __init__(self, model: Any) -> None:
+        self.model = model
         self._state = self.model.state_dict()
         self._transforms = _transforms(self.model)
         self._converted: set[str] = set()  # names whose tensors are not as in files
@@ -71,8 +57,16 @@ class Skeleton:
         linears = (n for n, m in self.model.named_modules() if isinstance(m, nn.Linear))
         return [name for name in linears if name not in known]
 
-    def check_complete(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def check_complete(
+        self, shapes: Mapping[str, tuple[int, ...]], where: str, what: str, whole: bool = True
+    ) -> None:
         """Requires that ``shapes`` (by names in the model) are of all its tensors.
+
+        Args:
+            shapes: of what a checkpoint holds.
+            where: what messages begin with.
+            what: what messages call the checkpoint.
+            whole: False lets tensors be missing.
 
         Raises:
             ValueError: a tensor is missing or has another shape.
@@ -81,17 +75,28 @@ class Skeleton:
         for name, tensor in self._state.items():
             shape = shapes.get(name)
             if shape is not None and name not in self._converted and tuple(tensor.shape) != shape:
-                raise ValueError(f"import: {name} must be {list(tensor.shape)}, got {list(shape)}")
+                expected = f"{list(tensor.shape)}{self._reason(name)}"
+                raise ValueError(f"{where}: {name} must be {expected}, got {list(shape)}")
             spared = name in self._tied() or any(re.search(p, name) for p in ignored)
-            if shape is None and not spared:
-                raise ValueError(f"import: src must hold the whole model, got no {name}")
+            if whole and shape is None and not spared:
+                raise ValueError(f"{where}: {what} must hold the whole model, got no {name}")
+
+    def _reason(self, name: str) -> str:
+        """What beside the sizes of the model gives a tensor its shape."""
+        size = getattr(self.model.get_submodule(name.rpartition(".")[0]), "group_size", None)
+        return "" if size is None else f" for group size {size}"
 
     def _tied(self) -> set[str]:
         tied = getattr(self.model, "all_tied_weights_keys", None) or {}
         return {*tied.keys(), *tied.values()} if tied else set()
 
 
-def _build(config: dict[str, Any]) -> Any:
+def build(config: dict[str, Any]) -> Any:
+    """The model that a checkpoint's config.json describes, on the meta device.
+
+    Raises:
+        ValueError: it describes no model of transformers.
+    """
     import transformers
 
     names = config.get("architectures") or [None]
@@ -99,13 +104,10 @@ def _build(config: dict[str, Any]) -> Any:
     if kind is None or not hasattr(kind, "config_class"):
         raise ValueError(f"import: architectures must name a transformers model, got {names[0]}")
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
-    try:
+    with bad_config_told(f"import: config.json must describe a {names[0]}"):
         made = kind.config_class.from_dict(plain)
         with torch.device("meta"):
             return kind(made)
-    except _BAD_CONFIG as error:
-        told = str(error).strip() or type(error).__name__
-        raise ValueError(f"import: config.json must describe a {names[0]}, got {told}") from None
 
 
 def _transforms(model: Any) -> tuple[list[Any], list[Any]]:

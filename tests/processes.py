@@ -55,14 +55,19 @@ def run_alone(
     return _run([partial(tiny_training.in_process, out, rows, options, fault)])[0]
 
 
-def _run(targets: list[Callable[[], None]]) -> list[int]:
+def start(target: Callable[[], None]) -> Any:
+    """The process, started, that runs ``target``: a function of a module, or a partial of one."""
     # The server takes no sys.path over: what it imports it finds by PYTHONPATH.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tiny_training"])
-    processes = [context.Process(target=target) for target in targets]
-    for process in processes:
-        process.start()
+    process = context.Process(target=target)
+    process.start()
+    return process
+
+
+def _run(targets: list[Callable[[], None]]) -> list[int]:
+    processes = [start(target) for target in targets]
     for process in processes:
         process.join(SECONDS)
     hung = [process for process in processes if process.is_alive()]

@@ -22,7 +22,17 @@ import typer
 
 from grace.cli._errors import bad_input, one_line
 
-_ORDER = ("info", "quickstart", "train", "export", "import", "verify", "generate", "evaluate")
+_ORDER = (
+    "info",
+    "quickstart",
+    "train",
+    "export",
+    "import",
+    "verify",
+    "generate",
+    "chat",
+    "evaluate",
+)
 
 
 def command_names() -> list[str]:

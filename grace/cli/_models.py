@@ -27,6 +27,7 @@ def load_model(
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     from grace import nn
+    from grace.loading import bad_config_told
 
     require_checkpoint(name)
     if dtype not in DTYPES:
@@ -34,8 +35,9 @@ def load_model(
     place = _device(device)
     if dtype == "auto":
         dtype = "float32" if place.type == "cpu" else "bfloat16"
-    processor = AutoProcessor.from_pretrained(name)
-    model = AutoModelForImageTextToText.from_pretrained(name, dtype=getattr(torch, dtype))
+    with bad_config_told(f"model: {name} must be a model that transformers loads"):
+        processor = AutoProcessor.from_pretrained(name)
+        model = AutoModelForImageTextToText.from_pretrained(name, dtype=getattr(torch, dtype))
     model.to(place).eval()
     if fuse:
         nn.fuse(model)

@@ -77,7 +77,7 @@ def pack_tokens(
 
     All questions of a row must have the same prefix; ValueError otherwise.
     """
-    laid_out = [_lay_out(row, index) for index, row in enumerate(rows)]
+    laid_out = [lay_out(row, index) for index, row in enumerate(rows)]
     longest = max(layout.shape[1] for layout in laid_out)
     size = length or longest
     if longest > size:
@@ -95,7 +95,7 @@ def pack_tokens(
     }
 
 
-def _lay_out(row: Sequence[Question], index: int) -> Tensor:
+def lay_out(row: Sequence[Question], index: int) -> Tensor:
     """int64 [4, tokens]: ids, labels, positions and block numbers of one row."""
     prefix = row[0][0]
     start = len(prefix)

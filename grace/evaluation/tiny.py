@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
@@ -31,7 +33,7 @@ from .topics import NUMBERS, SUFFIX, SUMS, plural
 ROOT = Path(__file__).parent / "tiny_models"
 IMAGE_TOKEN = "<image>"
 IMAGE_TOKENS = CELLS  # one visual token a cell
-_SPECIAL = ["<pad>", "<unk>", "<s>", "</s>", IMAGE_TOKEN, "USER:", "ASSISTANT:"]
+SPECIAL = ["<pad>", "<unk>", "<s>", "</s>", IMAGE_TOKEN, "USER:", "ASSISTANT:"]
 _PHRASES = (
     "Is there a or one in this image ? Are are How many What color is the text answer to sum "
     "on left right of above below Yes No nothing row column"
@@ -86,7 +88,7 @@ def _shipped(name: str) -> Path:
 
 def vocabulary() -> list[str]:
     """All words, in the order of their ids; the benchmark's suffix is one token."""
-    words = [*_SPECIAL, SUFFIX.strip(), *_PHRASES.split(), *COLORS, *THINGS, *NUMBERS]
+    words = [*SPECIAL, SUFFIX.strip(), *_PHRASES.split(), *COLORS, *THINGS, *NUMBERS]
     words += [plural(shape) for shape in SHAPES] + [str(total) for total in SUMS]
     return list(dict.fromkeys(words))
 
@@ -98,7 +100,7 @@ def make_processor() -> LlavaProcessor:
     words.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split("?", "isolated")]
     )
-    words.add_special_tokens([AddedToken(token, lstrip=True) for token in _SPECIAL])
+    words.add_special_tokens([AddedToken(token, lstrip=True) for token in SPECIAL])
     words.add_tokens([AddedToken(SUFFIX.strip(), lstrip=True, normalized=False)])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=words,
@@ -110,14 +112,20 @@ def make_processor() -> LlavaProcessor:
         model_max_length=512,
         clean_up_tokenization_spaces=False,
     )
-    pixels = {"height": IMAGE_PIXELS, "width": IMAGE_PIXELS}
+    return llava_processor(tokenizer, IMAGE_PIXELS, CELL_PIXELS)
+
+
+def llava_processor(tokenizer: Any, pixels: int, patch: int) -> LlavaProcessor:
+    """A processor of square images, `pixels` wide in patches of `patch`, with a LLaVA-1.5 chat
+    template; the tokenizer knows the tokens of `SPECIAL`."""
+    size = {"height": pixels, "width": pixels}
     images = CLIPImageProcessorPil(
-        size=pixels, crop_size=pixels, image_mean=[0.5] * 3, image_std=[0.5] * 3
+        size=size, crop_size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3
     )
     return LlavaProcessor(
         image_processor=images,
         tokenizer=tokenizer,
-        patch_size=CELL_PIXELS,
+        patch_size=patch,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template=_TEMPLATE,
@@ -127,13 +135,20 @@ def make_processor() -> LlavaProcessor:
 def make_model(size: Size, seed: int) -> LlavaForConditionalGeneration:
     """An untrained model in fp32 with fan-in initialisation from `seed`."""
     ids = {word: index for index, word in enumerate(vocabulary())}
+    return llava_model(size, seed, ids, IMAGE_PIXELS, CELL_PIXELS)
+
+
+def llava_model(
+    size: Size, seed: int, ids: Mapping[str, int], pixels: int, patch: int
+) -> LlavaForConditionalGeneration:
+    """As `make_model`, for a tokenizer's `ids` and images `pixels` wide in patches of `patch`."""
     vision = CLIPVisionConfig(
         hidden_size=size.vision_width,
         intermediate_size=2 * size.vision_width,
         num_hidden_layers=size.vision_layers,
         num_attention_heads=4,
-        image_size=IMAGE_PIXELS,
-        patch_size=CELL_PIXELS,
+        image_size=pixels,
+        patch_size=patch,
         projection_dim=size.vision_width,
     )
     text = LlamaConfig(
@@ -143,7 +158,7 @@ def make_model(size: Size, seed: int) -> LlavaForConditionalGeneration:
         num_hidden_layers=size.layers,
         num_attention_heads=size.heads,
         num_key_value_heads=size.kv_heads or size.heads,
-        max_position_embeddings=512,
+        max_position_embeddings=max(512, 2 * (pixels // patch) ** 2),
         pad_token_id=ids["<pad>"],
         bos_token_id=ids["<s>"],
         eos_token_id=ids["</s>"],

@@ -93,6 +93,10 @@ def check(tensors: Mapping[str, Tensor], scheme: Scheme, name: str) -> None:
         raise ValueError(
             f"compressed-tensors: {name}.weight_packed must be int32, got {words.dtype}"
         )
+    if not scales.is_floating_point():
+        raise ValueError(
+            f"compressed-tensors: {name}.weight_scale must be floating-point, got {scales.dtype}"
+        )
 
 
 def shapes(rows: int, columns: int, scheme: Scheme, name: str) -> dict[str, tuple[int, ...]]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from grace.checkpoint import DTYPES, TensorInfo, read_header
 from grace.nn import FakeQuantLinear
+from grace.skeleton import Skeleton
 
 
 def read_headers(files: Sequence[str] | None) -> dict[str, TensorInfo]:
@@ -25,6 +27,30 @@ def read_headers(files: Sequence[str] | None) -> dict[str, TensorInfo]:
         if file.endswith(".safetensors"):
             tensors.update(read_header(Path(file)))
     return tensors
+
+
+def check_whole(model: Any, tensors: Mapping[str, TensorInfo]) -> None:
+    """Requires that files hold all tensors of ``model``, in its shapes and kinds.
+
+    With a quantizer transformers compares no shapes, of a missing tensor it only warns, and makes
+    it up, and integers it takes from floating-point numbers. Tensors may be missing from a model of
+    another class than was saved (one with a head of its own).
+
+    Raises:
+        ValueError: the name of the first tensor that is missing or another.
+    """
+    skeleton = Skeleton(model)
+    named = {skeleton.name_of(name): info for name, info in tensors.items()}
+    shapes = {name: info.shape for name, info in named.items()}
+    saved = type(model).__name__ in (getattr(model.config, "architectures", None) or ())
+    skeleton.check_complete(shapes, "from_pretrained", "checkpoint", whole=saved)
+    for name, tensor in model.state_dict().items():
+        stored = named[name].dtype if name in named else None
+        if stored is not None and tensor.is_floating_point() != ("F" in stored):
+            raise ValueError(
+                f"from_pretrained: {name} must be of {tensor.dtype}, or a dtype of its kind, "
+                f"got {stored}"
+            )
 
 
 def common_dtype(tensors: Mapping[str, TensorInfo], names: Iterable[str]) -> torch.dtype:

@@ -22,8 +22,8 @@ from transformers.utils import quantization_config as transformers_config
 from grace.checkpoint import TensorInfo
 from grace.formats.compressed_tensors import TENSORS, Scheme, shapes
 from grace.formats.compressed_tensors_config import Unsupported, read_config
-from grace.integrations._loading import cast_dense, common_dtype, read_headers
-from grace.nn import PackedLinear
+from grace.integrations._loading import cast_dense, check_whole, common_dtype, read_headers
+from grace.nn import PackedLinear, unfuse
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +115,7 @@ class PackedQuantizer(HfQuantizer):
                 dtype=linear.weight.dtype,
             )
             model.set_submodule(name, layer)
+        check_whole(model, tensors)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if self._stock is not None:
@@ -124,6 +125,14 @@ class PackedQuantizer(HfQuantizer):
             if isinstance(module, PackedLinear) and not module.is_packed:
                 module.pack_(name)
         cast_dense(model, self._dtype)
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        """What ``model.dequantize()`` does: every packed layer becomes the linear it stands for."""
+        unfuse(model)
+        for name, layer in list(model.named_modules()):
+            if isinstance(layer, PackedLinear):
+                model.set_submodule(name, dense_linear(layer, dtype or model.dtype))
+        return model
 
     def update_weight_conversions(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' conversions, or its own quantizer's where that one took over."""
@@ -175,6 +184,16 @@ def plan(
     if experts and not any(".experts." in name for name in schemes):
         raise Unsupported(f"experts must be linears of their own, got {experts[0]} fused")
     return schemes
+
+
+def dense_linear(layer: PackedLinear, dtype: torch.dtype) -> nn.Linear:
+    """The `nn.Linear` of a packed layer's weight, in ``dtype``, on its device."""
+    linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    weight, bias = layer.dequantize(dtype), layer.bias
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+    return linear.train(layer.training)
 
 
 def _tied(model: nn.Module) -> set[str]:

@@ -9,7 +9,7 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from grace.integrations._loading import cast_dense, common_dtype, read_headers
+from grace.integrations._loading import cast_dense, check_whole, common_dtype, read_headers
 from grace.nn import FakeQuantLinear
 from grace.ops.fake_quant import groups_of
 from grace.quantization import QAT_METHOD
@@ -73,6 +73,8 @@ class QatQuantizer(HfQuantizer):
         dtype = common_dtype(tensors, masters) if masters else None
         for name, group in modules.items():
             model.set_submodule(name, _empty(model, name, group, dtype))
+        if tensors:
+            check_whole(model, tensors)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         for name in self.quantization_config.modules:

@@ -37,8 +37,9 @@ def quantize_ahead(blocks: Iterable[nn.Module]) -> list[RemovableHandle]:
     """
     handles = []
     for block in blocks:
-        handles.append(block.register_forward_pre_hook(_before))
-        handles.append(block.register_forward_hook(_after, always_call=True))
+        hooks = _Hooks()
+        handles.append(block.register_forward_pre_hook(hooks.before))
+        handles.append(block.register_forward_hook(hooks.after, always_call=True))
     return handles
 
 
@@ -73,18 +74,29 @@ def release(blocks: Iterable[nn.Module]) -> None:
             layer.ahead, layer.held = None, False
 
 
-def _before(block: nn.Module, _: Any) -> None:
-    layers = [layer for layer in _dense(block) if not layer.held]
-    whole = [layer for layer in layers if not isinstance(layer.weight, DTensor)]
-    device = whole[0].weight.device.type if whole else "cpu"
-    autocast = torch.is_autocast_enabled(device)
-    _quantize(whole, torch.get_autocast_dtype(device) if autocast else None)
+def size_made(blocks: Iterable[nn.Module], dtype: torch.dtype | None = None) -> int:
+    """Bytes that `hold` takes."""
+    layers = [layer for block in blocks for layer in _dense(block)]
+    return sum(layer.weight.numel() * (dtype or layer.weight.dtype).itemsize for layer in layers)
 
 
-def _after(block: nn.Module, *_: Any) -> None:
-    for layer in _dense(block):
-        if not layer.held:
+class _Hooks:
+    """Of one block: what was quantized before it ran is forgotten behind it."""
+
+    def __init__(self) -> None:
+        self._ahead: list[FakeQuantLinear] = []
+
+    def before(self, block: nn.Module, _: Any) -> None:
+        layers = [layer for layer in _dense(block) if not layer.held]
+        self._ahead = [layer for layer in layers if not isinstance(layer.weight, DTensor)]
+        device = self._ahead[0].weight.device.type if self._ahead else "cpu"
+        autocast = torch.is_autocast_enabled(device)
+        _quantize(self._ahead, torch.get_autocast_dtype(device) if autocast else None)
+
+    def after(self, *_: Any) -> None:
+        for layer in self._ahead:
             layer.ahead = None
+        self._ahead = []
 
 
 def _dense(block: nn.Module) -> list[FakeQuantLinear]:

@@ -7,7 +7,7 @@ in memory (`csrc/ops/fake_quant/kernels.h`) need a launch a kind. Formulas are i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -68,16 +68,42 @@ def fake_quant_many(
             )
             for w, t in zip(weights, log_scales, strict=True)
         ]
-    arguments = (
-        [w.contiguous() for w in weights],
-        [t.contiguous() for t in log_scales],
-        bits,
-        group_size,
-        scale_dtype,
-    )
-    if dtype in (None, weights[0].dtype):
-        return torch.ops.grace.fake_quant_many(*arguments)
-    return torch.ops.grace.fake_quant_many_to(*arguments, dtype)
+    tensors = [x.contiguous() for x in (*weights, *log_scales)]
+    settings = (bits, group_size, scale_dtype)
+    if dtype == weights[0].dtype:
+        dtype = None
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return _call(tensors, settings, dtype)
+    return list(_FakeQuantMany.apply(settings, dtype, *tensors))
+
+
+def _call(
+    tensors: Sequence[Tensor], settings: tuple[Any, ...], dtype: torch.dtype | None
+) -> list[Tensor]:
+    """The op, of weights and as many log-scales behind them."""
+    weights, log_scales = list(tensors[: len(tensors) // 2]), list(tensors[len(tensors) // 2 :])
+    if dtype is None:
+        return torch.ops.grace.fake_quant_many(weights, log_scales, *settings)
+    return torch.ops.grace.fake_quant_many_to(weights, log_scales, *settings, dtype)
+
+
+class _FakeQuantMany(torch.autograd.Function):
+    """The autograd that is registered for the ops. That of a Function with flat arguments costs the
+    host a tenth of what one with lists does: a layer's launch is shorter than the difference."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, settings: tuple[Any, ...], dtype: torch.dtype | None, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.settings = settings
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+        return tuple(_call(tensors, settings, dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        for_weights, for_log_scales = _gradients(list(grads), ctx.saved_tensors, ctx.settings)
+        return (None, None, *for_weights, *for_log_scales)
 
 
 def _check_dtype(weights: Sequence[Tensor], dtype: torch.dtype | None) -> None:
@@ -174,18 +200,23 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) 
 
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    return (*_gradients(grads, ctx.saved_tensors, ctx.settings), None, None, None)
+
+
+def _gradients(
+    grads: list[Tensor | None], saved: tuple[Tensor, ...], settings: tuple[Any, ...]
+) -> Iterator[list[Tensor | None]]:
     """Of the weights whose ŵ was used; the others have no gradient."""
-    weights, log_scales = ctx.saved_tensors[: len(grads)], ctx.saved_tensors[len(grads) :]
+    weights, log_scales = saved[: len(grads)], saved[len(grads) :]
     used = {i: grad.contiguous() for i, grad in enumerate(grads) if grad is not None}
     made = torch.ops.grace.fake_quant_many_backward(
         list(used.values()),
         [weights[i] for i in used],
         [log_scales[i] for i in used],
-        *ctx.settings,
+        *settings,
     )
     places = (dict(zip(used, of_used, strict=True)) for of_used in made)
-    found = ([by_place.get(i) for i in range(len(grads))] for by_place in places)
-    return (*found, None, None, None)
+    return ([by_place.get(i) for i in range(len(grads))] for by_place in places)
 
 
 torch.library.register_autograd(
@@ -199,12 +230,7 @@ def _save_for_backward_to(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor
 
 
 def _backward_to(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
-    weights = ctx.saved_tensors[: len(grads)]
-    given: list[Tensor | None] = [
-        torch.zeros_like(w, dtype=ctx.dtype) if g is None else g
-        for g, w in zip(grads, weights, strict=True)
-    ]
-    return (*_backward(ctx, given), None)
+    return (*_backward(ctx, grads), None)
 
 
 torch.library.register_autograd(

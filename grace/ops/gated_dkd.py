@@ -363,15 +363,16 @@ def row_gradients(
 def _backward(
     ctx: Any, grad_loss: Tensor | None, _gate: None, grad_ce: Tensor | None, _saved: None
 ) -> tuple[Tensor | None, ...]:
-    student, teacher, _, saved = ctx.saved_tensors
+    student, *rest = ctx.saved_tensors  # once: a checkpointed layer gives them out a single time
+    teacher, _, saved = rest
     grads = row_gradients(grad_loss, grad_ce, saved)
     if ctx.in_place:
         classes, shared = student.shape[1], min(student.shape[1], teacher.shape[1])
         grad = student.detach()
-        inputs = (grad, *ctx.saved_tensors[1:], *ctx.settings)
+        inputs = (grad, *rest, *ctx.settings)
         torch.ops.grace.gated_dkd_backward_(*grads, *inputs, 0, classes, shared)
     else:
-        grad = torch.ops.grace.gated_dkd_backward(*grads, *ctx.saved_tensors, *ctx.settings)
+        grad = torch.ops.grace.gated_dkd_backward(*grads, student, *rest, *ctx.settings)
     return (grad, *(None,) * 7)
 
 

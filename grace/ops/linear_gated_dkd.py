@@ -452,13 +452,15 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 def _backward(
     ctx: Any, grad_loss: Tensor | None, _gate: None, grad_ce: Tensor | None, _saved: None
 ) -> tuple[Tensor | None, ...]:
+    *tensors, saved = ctx.saved_tensors  # once: a checkpointed layer gives them out a single time
     if ctx.keep_gradients:
-        grad = _weighed(ctx.saved_tensors[0], grad_loss, grad_ce)
+        grad = _weighed(saved, grad_loss, grad_ce)
         return (None if grad is None else grad.to(ctx.dtype), *(None,) * 11)
     needs = ctx.needs_input_grad[:2]
     grads = torch.ops.grace.linear_gated_dkd_backward(
-        *row_gradients(grad_loss, grad_ce, ctx.saved_tensors[-1]),
-        *ctx.saved_tensors,
+        *row_gradients(grad_loss, grad_ce, saved),
+        *tensors,
+        saved,
         *ctx.settings,
         *needs,
     )

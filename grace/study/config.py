@@ -4,62 +4,220 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from grace.evaluation.drawn.levels import LEVELS
+from grace.evaluation.tiny import Size
 from grace.version import __version__
 
+BENCHMARKS = ("synthetic", "drawn")
+STARTS = ("student", "control")
 # GDKD of models this small is ten times what the paper's tau expects (words that are never an
 # answer have logits that nothing trained): beta is a tenth of the paper's.
 SMALL_BETA = {"tau": 4.0, "eta": 3e-4, "beta_init": 0.1, "beta_min": 0.05, "beta_max": 0.2}
 
 
+def _at_least(where: str, **least: tuple[float, float]) -> None:
+    for name, (value, lowest) in least.items():
+        if not value >= lowest:
+            raise ValueError(f"{where}: {name} must be at least {lowest}, got {value}")
+
+
+@dataclass(frozen=True)
+class ModelRecipe:
+    """A LLaVA made from nothing: its size, and how it learns the drawn benchmark's training rows.
+
+    Attributes:
+        width, inner, layers, heads, kv_heads: of the decoder, `kv_heads` None: as many as heads.
+        vision_width, vision_layers: of the CLIP tower, with four heads.
+        steps, batch_images, learning_rate, warmup_steps, weight_decay: of its training in full
+            precision, cross-entropy, cosine schedule.
+        save_steps: steps between checkpoints; an interrupted making goes on from the last.
+    """
+
+    width: int
+    inner: int
+    layers: int
+    heads: int
+    vision_width: int
+    vision_layers: int
+    steps: int
+    kv_heads: int | None = None
+    batch_images: int = 256
+    learning_rate: float = 1e-3
+    warmup_steps: int = 200
+    weight_decay: float = 0.01
+    save_steps: int = 500
+
+    def __post_init__(self) -> None:
+        for name in ("width", "inner", "layers", "heads", "vision_width", "vision_layers"):
+            _at_least("study: a model", **{name: (getattr(self, name), 1)})
+        for name in ("steps", "batch_images", "save_steps"):
+            _at_least("study: a model", **{name: (getattr(self, name), 1)})
+        groups = self.kv_heads or self.heads
+        if self.width % self.heads or self.heads % groups or self.vision_width % 4:
+            raise ValueError(
+                "study: a model must have heads that divide its width, kv_heads that divide heads "
+                f"and a vision_width that 4 divides, got {self.width}, {self.heads}, {groups}, "
+                f"{self.vision_width}"
+            )
+
+    @property
+    def size(self) -> Size:
+        """Widths and depths."""
+        return Size(
+            width=self.width,
+            inner=self.inner,
+            layers=self.layers,
+            heads=self.heads,
+            vision_width=self.vision_width,
+            vision_layers=self.vision_layers,
+            kv_heads=self.kv_heads,
+        )
+
+
+@dataclass(frozen=True)
+class MakeConfig:
+    """Teacher and student made from nothing, once for all arms and seeds; `seed` is of both."""
+
+    teacher: ModelRecipe
+    student: ModelRecipe
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """Learning rates, swept once a trained method on the validation split, then reused.
+
+    Attributes:
+        learning_rates: candidates, the same for every method.
+        bits: that quantized methods are swept at; their rate is reused at all bits.
+        seed: training seed of the candidates; the rate is reused for all seeds.
+        ablations: sweep GRACE's variants too; False: they take GRACE's rate.
+    """
+
+    learning_rates: tuple[float, ...]
+    bits: int = 4
+    seed: int = 0
+    ablations: bool = False
+
+    def __post_init__(self) -> None:
+        rates = self.learning_rates
+        if not rates or len(set(rates)) != len(rates) or min(rates) <= 0:
+            raise ValueError(
+                f"study: sweep.learning_rates must be different numbers above 0, got {rates}"
+            )
+        if not 2 <= self.bits <= 8:
+            raise ValueError(f"study: sweep.bits must be 2 to 8, got {self.bits}")
+
+
 @dataclass(frozen=True)
 class StudyConfig:
-    """Data, training and scoring of a study on the synthetic benchmark.
+    """Data, models, arms, training and scoring of a study.
 
     Attributes:
         seed: of the drawn benchmark, training and held-out.
         seeds: training seeds; every trained arm runs once for each.
-        steps: optimizer steps of every trained arm.
-        batch_images: images a step; each comes with `questions_per_image` questions.
-        train_images: training images drawn; fewer than steps * batch_images means epochs.
-        heldout_images: images a subtask of the held-out benchmark, two questions each.
+        arms: methods (`grace.study.arms.METHODS`); each quantized one runs at every of `bits`.
         bits, group_size: of the quantized arms.
-        learning_rate: of every trained arm that `tuned` says nothing of.
-        tuned: options of GraceConfig by method or arm (the arm's own come last), found with the
-            same budget for every method (`grace.study.sweep`).
-        models: directory of the models, None for those that ship with grace.
+        ptq_from: what post-training arms start from: "student", as it is, and "control", the
+            student trained on for as long as the trained arms.
+        benchmark: "synthetic" (six subtasks, tiny images) or "drawn" (nine, three levels).
+        levels, pixels: of the drawn benchmark.
+        train_images: training images drawn; fewer than steps * batch_images means epochs.
+        heldout_images: images of the test split a subtask (and level), two questions each.
+        validation_images: likewise of the validation split, which a sweep scores on.
+        questions_per_image: of a training row of the synthetic benchmark.
+        further_questions: of a training row of the drawn one, beside its three and a description.
+        steps, batch_images, warmup_steps, weight_decay: of every trained arm.
+        learning_rate: of every trained arm that neither `sweep` nor `tuned` says something of.
+        tuned: options of GraceConfig by method or arm (the arm's own come last).
+        sweep: how learning rates are found; None: not here.
+        models: directory with teacher/ and student/; None: those that `make` makes, or those that
+            ship with grace.
+        make: how teacher and student are made; None: they are there.
+        calibration_images: training images that GPTQ and AWQ look at.
+        cka_images: held-out images on whose visual tokens student and teacher are compared.
+        batch_size: questions that are answered at once.
+        save_steps: steps between checkpoints within an arm, 0: an interrupted arm begins anew.
+        least_agreement: of a packed model's answers with the fake-quantized one's.
+        loader_workers: processes that read batches, an arm; processes: arms at once, 1: in this
+            process, None: as many as there are cores, or on a GPU by the models' size. Neither
+            changes a result.
         split: what is scored: "heldout", or "validation" to tune on.
     """
 
     seed: int = 0
     seeds: tuple[int, ...] = (0, 1)
-    steps: int = 300
-    batch_images: int = 32
-    questions_per_image: int = 6
-    train_images: int = 6400
-    heldout_images: int = 400
+    arms: tuple[str, ...] = ("teacher", "student", "control", "rtn", "qat", "kd", "grace")
     bits: tuple[int, ...] = (4, 2)
     group_size: int = 32
-    learning_rate: float = 1e-3
-    tuned: dict[str, dict[str, Any]] = field(default_factory=dict)
+    ptq_from: tuple[str, ...] = ("student",)
+    benchmark: str = "synthetic"
+    levels: tuple[str, ...] = tuple(LEVELS)
+    pixels: int = 168
+    train_images: int = 6400
+    heldout_images: int = 400
+    validation_images: int = 100
+    questions_per_image: int = 6
+    further_questions: int = 3
+    steps: int = 300
+    batch_images: int = 32
     warmup_steps: int = 20
     weight_decay: float = 0.01
-    batch_size: int = 128
+    learning_rate: float = 1e-3
+    tuned: dict[str, dict[str, Any]] = field(default_factory=dict)
+    sweep: SweepConfig | None = None
     models: str | None = None
+    make: MakeConfig | None = None
+    calibration_images: int = 128
+    cka_images: int = 64
+    batch_size: int = 128
+    save_steps: int = 0
+    least_agreement: float = 0.995
+    loader_workers: int = 0
+    processes: int | None = None
     split: str = "heldout"
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_images", "questions_per_image", "train_images", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"study: {name} must be at least 1, got {getattr(self, name)}")
-        if self.heldout_images < 2 or self.heldout_images % 2:
+            _at_least("study", **{name: (getattr(self, name), 1)})
+        for name in ("calibration_images", "cka_images", "pixels"):
+            _at_least("study", **{name: (getattr(self, name), 1)})
+        for name in ("save_steps", "loader_workers", "further_questions"):
+            _at_least("study", **{name: (getattr(self, name), 0)})
+        for name in ("heldout_images", "validation_images"):
+            value = getattr(self, name)
+            if value < 2 or value % 2:
+                raise ValueError(f"study: {name} must be even and at least 2, got {value}")
+        for name in ("seeds", "arms", "bits", "ptq_from", "levels"):
+            values = getattr(self, name)
+            if not values or len(set(values)) != len(values):
+                raise ValueError(f"study: {name} must be different values, got {list(values)}")
+        self._check_choices()
+
+    def _check_choices(self) -> None:
+        for name, allowed in (("benchmark", BENCHMARKS), ("split", ("heldout", "validation"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"study: {name} must be one of {', '.join(allowed)}, got {getattr(self, name)}"
+                )
+        for name, values in (("ptq_from", STARTS), ("levels", tuple(LEVELS))):
+            if wrong := [value for value in getattr(self, name) if value not in values]:
+                raise ValueError(f"study: {name} must be of {', '.join(values)}, got {wrong[0]!r}")
+        if wrong := [bits for bits in self.bits if not 2 <= bits <= 8]:
+            raise ValueError(f"study: bits must be 2 to 8, got {wrong[0]}")
+        if "control" in self.ptq_from and "control" not in self.arms:
+            raise ValueError("study: arms must have control for ptq_from control, got none")
+        if self.make is not None and (self.models is not None or self.benchmark != "drawn"):
             raise ValueError(
-                f"study: heldout_images must be even and at least 2, got {self.heldout_images}"
+                "study: make must be given without models and with benchmark drawn, got "
+                f"models {self.models} and benchmark {self.benchmark}"
             )
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
-            raise ValueError(f"study: seeds must be different numbers, got {self.seeds}")
+        if self.processes is not None:
+            _at_least("study", processes=(self.processes, 1))
 
     def __hash__(self) -> int:
         return hash(self.fingerprint())
@@ -72,33 +230,49 @@ class StudyConfig:
         """The configuration as JSON holds it."""
         return json.loads(json.dumps(asdict(self)))
 
+    def deciding(self) -> dict[str, Any]:
+        """What decides results: all but which arms run, and how many at once."""
+        return {name: value for name, value in self.as_dict().items() if name not in _SELECTION}
+
     def fingerprint(self) -> str:
         """Changes with whatever changes a result: results of another one are not taken over."""
-        return _hash({name: value for name, value in self.as_dict().items() if name != "seeds"})
+        return _hash(self.deciding())
 
     def data_fingerprint(self) -> str:
         """Changes with whatever changes what is drawn, or what the teacher says of it."""
-        return _hash({name: value for name, value in self.as_dict().items() if name in _DATA})
+        chosen = {name: value for name, value in self.as_dict().items() if name in _DATA}
+        swept = self.validation_images if self.sweep is not None else 0
+        return _hash({**chosen, "validation_images": swept})
 
 
+# Fields that say what is run, and not what comes out of it.
+_SELECTION = ("seeds", "arms", "bits", "ptq_from", "processes", "loader_workers", "models")
 # Fields that the drawn data and the teacher's cached rows depend on.
 _DATA = (
-    *("seed", "questions_per_image", "train_images", "heldout_images"),
+    *("seed", "benchmark", "questions_per_image", "train_images", "heldout_images"),
     *("models", "split"),
 )
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """`steps: 300 and 200`, for every deciding value that differs between two `as_dict`."""
+    flat = [_flat({k: v for k, v in side.items() if k not in _SELECTION}) for side in (one, other)]
+    names = sorted(set(flat[0]) | set(flat[1]))
+    values = [(name, flat[0].get(name, "absent"), flat[1].get(name, "absent")) for name in names]
+    return [f"{name}: {a} and {b}" for name, a, b in values if a != b]
+
+
+def _flat(options: Mapping[str, Any], under: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in options.items():
+        inside = isinstance(value, Mapping) and value
+        found |= _flat(value, f"{under}{name}.") if inside else {f"{under}{name}": value}
+    return found
 
 
 def _hash(facts: dict[str, Any]) -> str:
     text = json.dumps({"grace": __version__, **facts}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def from_dict(options: dict[str, Any]) -> StudyConfig:
-    """The inverse of `as_dict`."""
-    made = dict(options)
-    for name in ("seeds", "bits"):
-        made[name] = tuple(made[name])
-    return StudyConfig(**made)
 
 
 # Tuned on the validation split, studies/quickstart/sweep.md.
@@ -119,6 +293,7 @@ SCALES: dict[str, StudyConfig] = {
         batch_images=4,
         train_images=16,
         heldout_images=4,
+        cka_images=4,
         warmup_steps=1,
         batch_size=64,
     ),

@@ -1,7 +1,7 @@
 """The data of a study: drawn training images with packed questions, and the teacher's view of them.
 
 data/train/       train.json and images, LLaVA rows, several questions an image
-data/heldout/     a benchmark in the MME folder layout
+data/heldout/     a benchmark in the MME folder layout; data/validation/ where a sweep needs it
 data/teacher.safetensors   the teacher's hidden states, made once for all arms and epochs
 """
 
@@ -25,7 +25,7 @@ from grace.study.config import StudyConfig
 from grace.training.adapters import adapter_for
 from grace.training.step import TEACHER_LAST, TEACHER_LAYER, Teacher, model_inputs, supervised
 
-TRAIN, HELDOUT, TEACHER = "train", "heldout", "teacher.safetensors"
+TRAIN, HELDOUT, VALIDATION, TEACHER = "train", "heldout", "validation", "teacher.safetensors"
 _DONE = "drawn"
 
 
@@ -42,6 +42,10 @@ def draw(root: Path, config: StudyConfig) -> None:
     )
     images, seed = config.heldout_images, config.seed
     synthetic.draw(root / HELDOUT, images_per_subtask=images, seed=seed, split=config.split)
+    if config.sweep is not None:
+        images = config.validation_images
+        folder = root / VALIDATION
+        synthetic.draw(folder, images_per_subtask=images, seed=seed, split="validation")
     (root / _DONE).touch()
 
 

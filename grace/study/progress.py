@@ -54,7 +54,7 @@ class TerminalProgress(StudyProgress):
             self.parts[name] = self.bars.add_task(name, total=self.totals[name])
         if name in self.parts:
             self.bars.update(self.parts[name], completed=done)
-        if name in _PREPARATION:
+        if name in _PREPARATION or name.startswith("draw "):
             return
         self.bars.advance(self.whole, done - self.done.get(name, 0))
         self.done[name] = done
@@ -66,4 +66,4 @@ class TerminalProgress(StudyProgress):
             self.bars.remove_task(self.parts.pop(name))
 
 
-_PREPARATION = ("draw", "teacher")  # not counted in training steps
+_PREPARATION = ("draw", "teacher", "student")  # not counted in training steps

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from grace.study.arms import quickstart_arms
 from grace.study.config import SCALES, StudyConfig
 
 
@@ -39,10 +38,9 @@ def quickstart(out: Path, config: StudyConfig, *, from_scratch: bool = False) ->
     quiet()
     if from_scratch:
         config = replace(config, models=str(make_models(out / "models", config.seed)))
-    arms = quickstart_arms(config.bits)
     try:
-        with TerminalProgress(units(config, arms)) as progress:
-            run_study(config, arms, out, progress=progress)
+        with TerminalProgress(units(config)) as progress:
+            run_study(config, out, progress=progress)
     finally:
         if (out / "study.json").is_file():
             write_report(out)

@@ -1,7 +1,8 @@
-"""Run a study: draw, let the teacher look once, run the arms, gather study.json.
+"""Run a study: draw, make models, sweep learning rates, run the arms, gather study.json.
 
-On a CPU arms run in as many processes as there are cores, with one thread each: two processes of
-one thread do more than one of two. On a GPU small models share it and large ones take turns.
+Every stage leaves whole files and is not done again. On a CPU arms run in as many processes as
+there are cores, with one thread each: two processes of one thread do more than one of two. On a GPU
+small models share it and large ones take turns.
 """
 
 from __future__ import annotations
@@ -11,68 +12,30 @@ import multiprocessing
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from grace.checkpoint import Checkpoint
-from grace.study import worker
-from grace.study.arms import Arm
-from grace.study.config import StudyConfig
+from grace.study import models, pool, worker
+from grace.study.arms import CALIBRATED, Arm, arms_of
+from grace.study.config import StudyConfig, differences
 from grace.study.data import TEACHER, TRAIN, PackedQuestions, cache_teacher, draw
 from grace.study.gather import gather
-from grace.study.worker import Task
+from grace.study.sweeping import choose, sweep_tasks
+from grace.study.task import METRICS, SWEEP, Task, finished
+from grace.study.training import OutOfTime
+from grace.training.files import write_whole
 
-STUDY = "study.json"
-LEAST_AGREEMENT = 0.995
+STUDY, CONFIG = "study.json", "config.json"
 # Steps of progress that scoring counts for, beside an arm's training steps.
 _SCORING_STEPS = 40
 _SMALL_BYTES = 64 * 2**20  # of both models' weights: they leave a GPU nearly idle
 _MOST_ON_GPU = 8  # processes with small models: each holds a CUDA context
-
-
-def run_study(
-    config: StudyConfig, arms: Sequence[Arm], root: Path, *, progress: Progress | None = None
-) -> dict[str, Any]:
-    """Run what is not yet done of a study in `root`, and write and return its `study.json`.
-
-    Raises:
-        FileNotFoundError: a model that is not there.
-        RuntimeError: a packed model whose answers agree with the fake-quantized one's on less than
-            99.5 % of the questions; study.json is written all the same.
-    """
-    progress = progress or Progress()
-    started = time.perf_counter()
-    _require_models(config)
-    root.mkdir(parents=True, exist_ok=True)
-    (root / "config.json").write_text(json.dumps(config.as_dict(), indent=1))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    _prepare(config, root, device, progress)
-    tasks = [
-        Task(arm, seed, config, root, device)
-        for arm in arms
-        for seed in (config.seeds if arm.trained else config.seeds[:1])
-    ]
-    results = _run_tasks(tasks, progress)
-    study = gather(config, arms, results, root, time.perf_counter() - started)
-    (root / STUDY).write_text(json.dumps(study))
-    _merge_metrics(tasks, root)
-    check_agreement(study)
-    return study
-
-
-def _require_models(config: StudyConfig) -> None:
-    """What is wrong with the models is told of before anything is written."""
-    from grace.quantization import quantize
-
-    for which in ("student", "teacher"):
-        Checkpoint(worker.model_dir(config, which))
-    student = worker.load(config, "student")
-    for bits in config.bits[:1]:
-        quantize(student, bits=bits, group_size=config.group_size)
 
 
 class Progress:
@@ -88,17 +51,172 @@ class Progress:
         """It is over."""
 
 
-def _prepare(config: StudyConfig, root: Path, device: str, progress: Progress) -> None:
-    """Draw, and cache the teacher's rows, unless that was done for the same configuration."""
-    data, mark = root / "data", root / "data" / "fingerprint"
-    if mark.is_file() and mark.read_text() == config.data_fingerprint():
+def run_study(
+    config: StudyConfig,
+    root: Path,
+    *,
+    only: Collection[str] = (),
+    seeds: Collection[int] = (),
+    until: float | None = None,
+    stop_behind: str | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Run what is not yet done of a study in `root`, and write and return its `study.json`.
+
+    Args:
+        config: the study.
+        root: its folder.
+        only: methods or names of the arms to run now; empty: all.
+        seeds: those to run now; empty: all.
+        until: time of the clock at which to stop: no arm begins that would not be done by then,
+            one that trains all the same stops with a checkpoint.
+        stop_behind: "data", "models" or "sweep": stop when that is done.
+        progress: told what is done.
+
+    Returns:
+        What study.json holds, with the names of arms still to run as `unfinished`; without arms
+        where none is done.
+
+    Raises:
+        FileNotFoundError: a model that is not there.
+        ValueError: `root` holds another study; an arm or a seed that the study has not.
+        RuntimeError: a packed model whose answers agree with the fake-quantized one's on too few
+            of the questions; study.json is written all the same.
+    """
+    progress = progress or Progress()
+    started = time.perf_counter()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tasks = _tasks(config, root, device, until)
+    chosen = [task for task in tasks if _is_chosen(task, only, seeds)]
+    check_choice(config, only, seeds)
+    _begin(config, root)
+    try:
+        _stages(config, root, device, until, stop_behind, progress)
+        if stop_behind is None:
+            _run_tasks(chosen, progress)
+    except OutOfTime:
+        pass
+    return conclude(config, root, tasks, time.perf_counter() - started)
+
+
+def check_choice(config: StudyConfig, only: Collection[str], seeds: Collection[int]) -> None:
+    """ValueError for an arm or a seed that the study has not."""
+    arms = arms_of(config)
+    known = {*(arm.name for arm in arms), *(arm.method for arm in arms)}
+    for name in only:
+        if name not in known:
+            raise ValueError(
+                f"study: arms must be of {', '.join(dict.fromkeys(config.arms))}, got {name!r}"
+            )
+    for seed in seeds:
+        if seed not in config.seeds:
+            raise ValueError(f"study: seeds must be of {list(config.seeds)}, got {seed}")
+
+
+def _is_chosen(task: Task, only: Collection[str], seeds: Collection[int]) -> bool:
+    named = not only or task.arm.name in only or task.arm.method in only
+    return named and (not seeds or task.seed in seeds or not task.arm.seeded)
+
+
+def _tasks(config: StudyConfig, root: Path, device: str, until: float | None) -> list[Task]:
+    """Every arm with every seed; one that is the same for all seeds runs with the first."""
+    return [
+        Task(arm, seed, config, root, device, until=until)
+        for arm in arms_of(config)
+        for seed in (config.seeds if arm.seeded else config.seeds[:1])
+    ]
+
+
+def _begin(config: StudyConfig, root: Path) -> None:
+    """Tell of another study, and of models that do not fit, before anything is written."""
+    path = root / CONFIG
+    if path.is_file():
+        different = differences(json.loads(path.read_text()), config.as_dict())
+        if different:
+            raise ValueError(
+                f"study: {root} must hold a study of the same configuration, got other values "
+                f"(there and now): {'; '.join(different[:4])}; choose another folder"
+            )
+    for method in (m for m in CALIBRATED if m in config.arms):
+        worker.calibrated_quantize(method)
+    if config.make is None:
+        _require_models(config, root)
+    root.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(config.as_dict(), indent=1))
+
+
+def _require_models(config: StudyConfig, root: Path) -> None:
+    from grace.quantization import quantize
+
+    for which in ("student", "teacher"):
+        Checkpoint(models.model_dir(config, root, which))
+    student = models.load(models.model_dir(config, root, "student"))
+    for bits in config.bits[:1]:
+        quantize(student, bits=bits, group_size=config.group_size)
+
+
+def _stages(
+    config: StudyConfig,
+    root: Path,
+    device: str,
+    until: float | None,
+    stop_behind: str | None,
+    progress: Progress,
+) -> None:
+    """What comes before the arms, in order."""
+    draw_data(config, root, progress)
+    if stop_behind == "data":
         return
-    shutil.rmtree(data, ignore_errors=True)
-    progress.start("draw", 1)
-    draw(data, config)
-    progress.finish("draw")
+    for which in ("teacher", "student") if config.make is not None else ():
+        progress.start(which, 1)
+        models.make(config, root, which, device, until)
+        progress.finish(which)
+    if stop_behind == "models":
+        return
+    _look_once(config, root, device, progress)
+    if config.sweep is not None and not (root / SWEEP).is_file():
+        tried = sweep_tasks(config, root, device, until)
+        results = _run_tasks(tried, progress)
+        if len(results) < len(tried):
+            raise OutOfTime("study: the sweep is not done")
+        write_whole(root / SWEEP, json.dumps(choose(config, results), indent=1))
+
+
+def draw_data(config: StudyConfig, root: Path, progress: Progress) -> None:
+    """Draw what the study trains and is scored on, unless that is done."""
+    data = root / "data"
+    if config.benchmark == "synthetic":
+        mark = data / "fingerprint"
+        if mark.is_file() and mark.read_text() != config.data_fingerprint():  # another grace's
+            shutil.rmtree(data, ignore_errors=True)
+        progress.start("draw", 1)
+        draw(data, config)
+        progress.finish("draw")
+        return
+    splits = [TRAIN, config.split, *(["validation"] if config.sweep is not None else [])]
+    for split in dict.fromkeys(splits):
+        spec, done = pool.spec_of(config, split), 0
+        progress.start(f"draw {split}", spec["images"])
+
+        def advance(images: int, name: str = f"draw {split}") -> None:
+            nonlocal done
+            done += images
+            progress.advance(name, done)
+
+        pool.draw_pool(data / split, spec, workers=cores(), advance=advance)
+        progress.finish(f"draw {split}")
+
+
+def _look_once(config: StudyConfig, root: Path, device: str, progress: Progress) -> None:
+    """Cache what the teacher says of the synthetic benchmark's rows; those of the drawn one are
+    too many to keep, it looks at them in every arm."""
+    data = root / "data"
+    mark = data / "fingerprint"
+    if config.benchmark != "synthetic" or mark.is_file():
+        return
     progress.start("teacher", config.train_images)
-    dataset = PackedQuestions(data / TRAIN, worker.processor_of(config))
+    task = Task(Arm("grace", config.bits[0]), 0, config, root, device)
+    dataset = PackedQuestions(data / TRAIN, task.processor)
     done = 0
 
     def advance(images: int) -> None:
@@ -106,26 +224,56 @@ def _prepare(config: StudyConfig, root: Path, device: str, progress: Progress) -
         done += images
         progress.advance("teacher", done)
 
-    task = Task(Arm("grace", config.bits[0]), 0, config, root, device)
-    grace = worker.training_config(task)
-    teacher = worker.load(config, "teacher", device)
-    cache_teacher(teacher, dataset, data / TEACHER, grace, advance=advance)
+    teacher = models.load(task.model_dir("teacher"), device)
+    options = worker.training_config(task)
+    cache_teacher(teacher, dataset, data / TEACHER, options, advance=advance)
     progress.finish("teacher")
     mark.write_text(config.data_fingerprint())
 
 
+def conclude(
+    config: StudyConfig, root: Path, tasks: Sequence[Task], seconds: float
+) -> dict[str, Any]:
+    """Gather what is done into study.json; RuntimeError where a packed model is not the model that
+    was trained."""
+    done = {task: result for task in tasks if (result := finished(task)) is not None}
+    unfinished = [task.folder.name for task in tasks if task not in done]
+    if not done:
+        return {"arms": [], "unfinished": unfinished}
+    study = gather(config, root, done, seconds)
+    study["unfinished"] = unfinished
+    write_whole(root / STUDY, json.dumps(study))
+    _merge_metrics(list(done), root)
+    check_agreement(study)
+    return study
+
+
 def _run_tasks(tasks: Sequence[Task], progress: Progress) -> list[dict[str, Any]]:
-    done = {task: result for task in tasks if (result := worker.finished(task)) is not None}
+    """Results of the tasks that are done, or could be done in time, in their order."""
+    done = {task: result for task in tasks if (result := finished(task)) is not None}
+    left = [task for task in tasks if task not in done]
+    if left:
+        # Arms that start from the control wait for it.
+        for wave in (False, True):
+            now = [task for task in left if (task.arm.start == "control") == wave]
+            now = [task for task in now if not wave or _control_is_done(task)]
+            if now:
+                done |= _run_wave(now, progress)
+    return [done[task] for task in tasks if task in done]
+
+
+def _control_is_done(task: Task) -> bool:
+    control = replace(task, arm=Arm("control"))
+    return finished(control) is not None
+
+
+def _run_wave(tasks: Sequence[Task], progress: Progress) -> dict[Task, dict[str, Any]]:
     # The longest first, so that no core waits at the end for one long arm.
-    left = sorted((task for task in tasks if task not in done), key=_length, reverse=True)
-    for task in left:
-        shutil.rmtree(task.folder, ignore_errors=True)
-    processes = min(len(left), _processes(left[0])) if left else 0
-    if processes > 1 or (left and left[0].device == "cpu"):
-        done |= _in_processes(left, processes, progress)
-    else:
-        done |= _in_sequence(left, progress)
-    return [done[task] for task in tasks]
+    tasks = sorted(tasks, key=_length, reverse=True)
+    processes = min(len(tasks), _processes(tasks[0]))
+    alone = processes == 1 and (tasks[0].device != "cpu" or tasks[0].config.processes == 1)
+    run = _in_sequence(tasks, progress) if alone else _in_processes(tasks, processes, progress)
+    return {task: result for task, result in run.items() if result is not None}
 
 
 def _processes(task: Task) -> int:
@@ -134,27 +282,33 @@ def _processes(task: Task) -> int:
     On a GPU a small model's steps are launches that hardly load it, so that arms side by side take
     little longer than one; a large model has the GPU for itself.
     """
+    if task.config.processes is not None:
+        return task.config.processes
     if task.device == "cpu":
         return cores()
-    folders = (worker.model_dir(task.config, which) for which in ("teacher", "student"))
+    folders = (task.model_dir(which) for which in ("teacher", "student"))
     weights = [path for folder in folders for path in folder.glob("*.safetensors")]
     small = sum(path.stat().st_size for path in weights) < _SMALL_BYTES
     return min(cores(), _MOST_ON_GPU) if small else 1
 
 
-def units(config: StudyConfig, arms: Sequence[Arm]) -> int:
-    """Work of all arms, in training steps, as progress counts it."""
-    trained = sum(arm.trained for arm in arms)
-    runs = trained * len(config.seeds) + len(arms) - trained
-    return runs * _SCORING_STEPS + trained * len(config.seeds) * config.steps
+def units(config: StudyConfig) -> int:
+    """Work of all arms and of the sweep, in training steps, as progress counts it."""
+    tasks = _tasks(config, Path(), "cpu", None)
+    if config.sweep is not None:
+        tasks += sweep_tasks(config, Path(), "cpu", None)
+    return sum(map(_length, tasks))
 
 
 def _length(task: Task) -> int:
     return _SCORING_STEPS + (task.config.steps if task.arm.trained else 0)
 
 
-def _in_sequence(tasks: Sequence[Task], progress: Progress) -> dict[Task, dict[str, Any]]:
-    results = {}
+_Results = dict[Task, dict[str, Any] | None]
+
+
+def _in_sequence(tasks: Sequence[Task], progress: Progress) -> _Results:
+    results: _Results = {}
     worker.quiet()
     for task in tasks:
         progress.start(task.folder.name, _length(task))
@@ -163,26 +317,24 @@ def _in_sequence(tasks: Sequence[Task], progress: Progress) -> dict[Task, dict[s
     return results
 
 
-def _in_processes(
-    tasks: Sequence[Task], processes: int, progress: Progress
-) -> dict[Task, dict[str, Any]]:
+def _in_processes(tasks: Sequence[Task], processes: int, progress: Progress) -> _Results:
     """All tasks in a pool; progress is read from the metrics that running arms write."""
-    results: dict[Task, dict[str, Any]] = {}
-    with worker_pool(processes) as pool:
-        futures: dict[Future, Task] = {pool.submit(worker.run_arm, task): task for task in tasks}
+    results: _Results = {}
+    with worker_pool(processes) as executor:
+        futures: dict[Future, Task] = {executor.submit(worker.run_arm, t): t for t in tasks}
         for task in tasks:
             progress.start(task.folder.name, _length(task))
         try:
             while futures:
-                finished, _ = wait(futures, timeout=0.5, return_when=FIRST_COMPLETED)
-                for future in finished:
+                done, _ = wait(futures, timeout=0.5, return_when=FIRST_COMPLETED)
+                for future in done:
                     task = futures.pop(future)
                     results[task] = future.result()
                     progress.finish(task.folder.name)
                 for task in futures.values():
                     progress.advance(task.folder.name, _last_step(task))
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            executor.shutdown(wait=False, cancel_futures=True)
             raise
     return results
 
@@ -202,12 +354,9 @@ def cores() -> int:
 
 
 def _last_step(task: Task) -> int:
-    path = task.folder / worker.METRICS
-    if not path.is_file():
-        return 0
     from grace.training.callbacks import read_metrics
 
-    rows = read_metrics(path)
+    rows = read_metrics(task.folder / METRICS)
     return rows[-1]["step"] if rows else 0
 
 
@@ -215,18 +364,21 @@ def _merge_metrics(tasks: Sequence[Task], root: Path) -> None:
     """metrics.jsonl of the whole run: every arm's rows, with its name and seed."""
     from grace.training.callbacks import read_metrics
 
-    with (root / worker.METRICS).open("w") as file:
-        for task in tasks:
-            for row in read_metrics(task.folder / worker.METRICS):
-                file.write(json.dumps({"arm": task.arm.name, "seed": task.seed, **row}) + "\n")
+    lines = [
+        json.dumps({"arm": task.arm.name, "seed": task.seed, **row})
+        for task in tasks
+        for row in read_metrics(task.folder / METRICS)
+    ]
+    write_whole(root / METRICS, "".join(f"{line}\n" for line in lines))
 
 
 def check_agreement(study: dict[str, Any]) -> None:
     """RuntimeError where a packed model is not the model that was trained."""
+    least = study["config"]["least_agreement"]
     for arm in study["arms"]:
         rate = arm["agreement"]
-        if rate is not None and rate < LEAST_AGREEMENT:
+        if rate is not None and rate < least:
             raise RuntimeError(
                 f"study: the packed {arm['name']} must answer as the fake-quantized one on at "
-                f"least {LEAST_AGREEMENT:.1%} of the questions, got {rate:.2%}"
+                f"least {least:.1%} of the questions, got {rate:.2%}"
             )

@@ -50,11 +50,11 @@ def sweep(config: StudyConfig, out: Path) -> dict[str, list[float]]:
     totals: dict[str, list[float]] = {arm.name: [] for arm in arms}
     for number in range(_BUDGET):
         tuned = {method: candidates[number] for method, candidates in CANDIDATES.items()}
-        tried = replace(config, tuned=tuned, split="validation", seed=_SEED)
+        tried = replace(config, tuned=tuned, split="validation", seed=_SEED, arms=tuple(CANDIDATES))
         folder = out / f"candidate-{number}"
         _share_data(folder, out / "candidate-0")
-        with TerminalProgress(units(tried, arms)) as progress:
-            study = run_study(tried, arms, folder, progress=progress)
+        with TerminalProgress(units(tried)) as progress:
+            study = run_study(tried, folder, progress=progress)
         for arm in study["arms"]:
             totals[arm["name"]].append(arm["total"])
     return totals

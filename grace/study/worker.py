@@ -1,47 +1,32 @@
 """One arm with one seed: make the model, deploy it where that is possible, score it.
 
 Everything an arm leaves lies in its own folder; `result.json` is written last, so an arm that was
-interrupted runs again and one that was finished does not.
+interrupted runs again (from its last checkpoint, where there is one) and one that was finished
+does not.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from grace.evaluation import answer, mme, tiny
-from grace.study.arms import Arm
-from grace.study.config import StudyConfig
-from grace.study.data import HELDOUT, TEACHER, TRAIN, PackedQuestions
+from grace.study import models
+from grace.study.arms import CALIBRATED, METHODS, Arm
+from grace.study.scoring import RCKA_LAYER, alignment, deployed_bytes, score
+from grace.study.task import RESULT, SWEEP, TRAINED, Task, training_data, weights_of
+from grace.study.training import OutOfTime, as_inputs, remove_checkpoints, train
 from grace.training.config import GraceConfig
+from grace.training.files import publish, write_whole
+from grace.training.step import model_inputs
 
-RESULT, METRICS = "result.json", "metrics.jsonl"
-RCKA_LAYER = -2
-
-
-@dataclass(frozen=True)
-class Task:
-    """An arm to run with a seed, in the run directory `root`."""
-
-    arm: Arm
-    seed: int
-    config: StudyConfig
-    root: Path
-    device: str = "cpu"
-
-    @property
-    def folder(self) -> Path:
-        """Where the arm's files go."""
-        return self.root / "arms" / f"{self.arm.name}-s{self.seed}"
+_CALIBRATION_BATCH = 16
 
 
 def use_one_thread() -> None:
@@ -62,85 +47,148 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", module="torch|transformers|accelerate")
 
 
-def finished(task: Task) -> dict[str, Any] | None:
-    """The result of a task that was done before with the same configuration, else None."""
-    path = task.folder / RESULT
-    if not path.is_file():
+def run_arm(task: Task) -> dict[str, Any] | None:
+    """Run a task and return what its `result.json` holds; None where its time is up before it is
+    done, or would be."""
+    if not _fits(task):
         return None
-    result = json.loads(path.read_text())
-    return result if result["fingerprint"] == task.config.fingerprint() else None
+    try:
+        return _run(task)
+    except OutOfTime:
+        return None
 
 
-def run_arm(task: Task) -> dict[str, Any]:
-    """Run a task and return what its `result.json` holds."""
+def _fits(task: Task) -> bool:
+    """Whether the time left is that of the longest such arm so far (unknown: any is enough)."""
+    if task.until is None:
+        return True
+    results = [json.loads(path.read_text()) for path in task.root.glob(f"*/*/{RESULT}")]
+    same = [r for r in results if _kind(r["arm"]) == _kind(task.arm.name)]
+    needed = max((r["training_seconds"] + r["scoring_seconds"] for r in same), default=0.0)
+    return time.time() + needed < task.until
+
+
+def _kind(name: str) -> tuple[bool, bool]:
+    """Arms of one kind take about as long: those that train, those that are calibrated."""
+    method = next(m for m in sorted(METHODS, key=len, reverse=True) if name.startswith(m))
+    return METHODS[method].options is not None, method in CALIBRATED
+
+
+def _run(task: Task) -> dict[str, Any]:
     task.folder.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    model = _model(task)
-    trained = time.perf_counter()
-    result = _score(task, model)
+    model = start_of(task)
+    before = alignment(task, model)
+    tokens = _make(task, model)
+    made = time.perf_counter()
+    result = {"cka": {"before": before, "after": alignment(task, model)}, **score(task, model)}
     result |= {
         "arm": task.arm.name,
         "seed": task.seed,
+        "split": task.split,
         "fingerprint": task.config.fingerprint(),
-        "training_seconds": trained - started if task.arm.trained else 0.0,
-        "scoring_seconds": time.perf_counter() - trained,
+        "weights": weights_of(task),
+        "learning_rate": training_config(task).learning_rate if task.arm.trained else None,
+        "tokens": tokens,
+        "training_seconds": made - started,
+        "scoring_seconds": time.perf_counter() - made,
         "bytes": deployed_bytes(model, task.arm.bits if task.arm.quantized else None),
+        "parameters": sum(p.numel() for p in _parameters(model)),
     }
-    beside = task.folder / f"{RESULT}.unfinished"
-    beside.write_text(json.dumps(result))
-    beside.replace(task.folder / RESULT)
+    _keep_for_others(task, model)
+    write_whole(task.folder / RESULT, json.dumps(result))
+    remove_checkpoints(task.folder)
     return result
 
 
-def load(task_or_config: StudyConfig, which: str, device: str = "cpu") -> nn.Module:
-    """The study's `teacher` or `student`, in fp32."""
-    from transformers import AutoModelForImageTextToText
-
-    directory = model_dir(task_or_config, which)
-    model: Any = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32)
-    return model.to(device).eval()
+def _parameters(model: nn.Module) -> list[nn.Parameter]:
+    """All but learned scales, so that an arm counts what the student does."""
+    return [p for name, p in model.named_parameters() if not name.endswith("log_scale")]
 
 
-def model_dir(config: StudyConfig, which: str) -> Path:
-    """Directory of the study's `teacher` or `student`."""
-    if config.models is not None:
-        return Path(config.models) / which
-    return tiny.teacher_dir() if which == "teacher" else tiny.student_dir()
+def _keep_for_others(task: Task, model: Any) -> None:
+    """The control's weights, where post-training arms start from it."""
+    if task.rate is not None or task.arm.name != "control" or "control" not in task.config.ptq_from:
+        return
+    beside = task.folder / f".{TRAINED}.unfinished"
+    shutil.rmtree(beside, ignore_errors=True)
+    model.save_pretrained(beside)
+    publish(beside, task.folder / TRAINED)
 
 
-@lru_cache(maxsize=1)
-def processor_of(config: StudyConfig) -> Any:
-    """The student's processor, which the teacher shares."""
-    from transformers import AutoProcessor
-
-    return AutoProcessor.from_pretrained(model_dir(config, "student"))
-
-
-@lru_cache(maxsize=1)
-def heldout(config: StudyConfig, root: Path) -> tuple[list[mme.Row], list[answer.Batch]]:
-    """Held-out rows, and their tokens and pixels, made once a process."""
-    rows = mme.load(root / "data" / HELDOUT)
-    batches = answer.prepare(processor_of(config), rows, batch_size=config.batch_size)
-    return rows, batches
+def start_of(task: Task) -> nn.Module:
+    """The model that the arm starts from, in fp32."""
+    if task.arm.start == "control":
+        control = Task(Arm("control"), task.seed, task.config, task.root)
+        return models.load(control.folder / TRAINED, task.device)
+    which = "teacher" if task.arm.method == "teacher" else "student"
+    return models.load(task.model_dir(which), task.device)
 
 
-@lru_cache(maxsize=1)
-def training_data(config: StudyConfig, root: Path) -> PackedQuestions:
-    """Training images with the teacher's rows, read once a process."""
-    data = root / "data"
-    return PackedQuestions(data / TRAIN, processor_of(config), data / TEACHER)
-
-
-def _model(task: Task) -> nn.Module:
-    """The arm's model, trained where the arm trains."""
-    from grace.quantization import quantize
-
-    model = load(task.config, "teacher" if task.arm.method == "teacher" else "student", task.device)
+def _make(task: Task, model: nn.Module) -> int:
+    """Make the arm of the model it starts from, in place; tokens that it trained on."""
     if task.arm.trained:
         return _train(task, model)
-    if task.arm.quantized:
+    if task.arm.method in CALIBRATED:
+        _calibrate(task, model)
+    elif task.arm.quantized:
+        from grace.quantization import quantize
+
         quantize(model, bits=task.arm.bits, group_size=task.config.group_size)
-    return model
+    return 0
+
+
+def calibrated_quantize(method: str) -> Any:
+    """`grace.ptq.quantize`; ValueError where this grace has none."""
+    try:
+        from grace.ptq import quantize
+    except ImportError as error:
+        raise ValueError(
+            f"study: arms must not have {method} in this grace, which has no grace.ptq"
+        ) from error
+    return quantize
+
+
+def _calibrate(task: Task, model: nn.Module) -> None:
+    """GPTQ and AWQ, on the first training images."""
+    quantize = calibrated_quantize(task.arm.method)
+    quantize(
+        model,
+        method=task.arm.method,
+        batches=calibration_batches(task),
+        bits=task.arm.bits,
+        group_size=task.config.group_size,
+        progress=False,
+    )
+
+
+def calibration_batches(task: Task) -> list[dict[str, Any]]:
+    """Inputs of the model for the first `calibration_images` training images, on its device.
+
+    A batch holds images whose rows are equally long: padding would be calibrated on as well.
+    """
+    data, pad = training_data(task), task.processor.tokenizer.pad_token_id
+    by_length: dict[int, list[dict[str, Any]]] = {}
+    for index in range(min(task.config.calibration_images, len(data))):
+        row = _without_padding(model_inputs(data.collate([data[index]])), pad)
+        by_length.setdefault(row["input_ids"].shape[1], []).append(row)
+    batches = []
+    for _, rows in sorted(by_length.items()):
+        for start in range(0, len(rows), _CALIBRATION_BATCH):
+            part = rows[start : start + _CALIBRATION_BATCH]
+            joined = {name: torch.cat([row[name] for row in part]) for name in part[0]}
+            batches.append(as_inputs({k: v.to(task.device) for k, v in joined.items()}))
+    return batches
+
+
+def _without_padding(inputs: dict[str, Any], pad: int) -> dict[str, Any]:
+    """Inputs of one row up to its last token."""
+    count = int((inputs["input_ids"] != pad).sum())
+    tokens = ("input_ids", "position_ids", "blocks")
+    cut = {name: inputs[name][:, :count] for name in tokens if name in inputs}
+    if "attention_mask" in inputs:
+        cut["attention_mask"] = inputs["attention_mask"][..., :count, :count]
+    return {**inputs, **cut}
 
 
 def training_config(task: Task, **options: Any) -> GraceConfig:
@@ -157,90 +205,50 @@ def training_config(task: Task, **options: Any) -> GraceConfig:
         "weight_decay": config.weight_decay,
         "adam_beta2": 0.98,
         "logging_steps": max(1, config.steps // 60),
-        "save_strategy": "no",
+        "save_strategy": "steps" if config.save_steps else "no",
+        "save_steps": config.save_steps or 500,
+        "save_total_limit": 1,
         "seed": task.seed,
         "freeze_vision": False,
         "rcka_layer": RCKA_LAYER,
+        # Models of the quickstart are too small for bf16: one answer in a hundred changes.
+        "bf16": task.device == "cuda" and config.benchmark == "drawn",
         "use_cpu": task.device == "cpu",
         "disable_tqdm": True,
+        "dataloader_num_workers": config.loader_workers,
     }
-    tuned = config.options_of(task.arm.method, task.arm.name)
-    return GraceConfig(**{**common, **tuned, **task.arm.training_options(), **options})
+    tried = {} if task.rate is None else {"learning_rate": task.rate}
+    arm = {**tuned_options(task), **tried, **task.arm.training_options()}
+    return GraceConfig(**{**common, **arm, **options})
 
 
-def _train(task: Task, model: nn.Module) -> nn.Module:
-    from transformers import PrinterCallback
+def tuned_options(task: Task) -> dict[str, Any]:
+    """Those of `tuned`, of the method it is tuned as and its own, over the rate that was swept."""
+    arm, found = task.arm, {}
+    base = METHODS[arm.method].tuned_as
+    rates = swept_rates(task.root) if task.config.sweep is not None else {}
+    for method in filter(None, (base, arm.method)):
+        suffix = f"-{arm.bits}" if arm.quantized else ""
+        if method in rates:
+            found["learning_rate"] = rates[method]
+        found |= task.config.options_of(method, f"{method}{suffix}")
+    return found
 
-    from grace.training.trainer import GraceTrainer
 
+def swept_rates(root: Path) -> dict[str, float]:
+    """The learning rate that the sweep chose for each method; none before it is done."""
+    path = root / SWEEP
+    if not path.is_file():
+        return {}
+    return {name: found["chosen"] for name, found in json.loads(path.read_text()).items()}
+
+
+def _train(task: Task, model: nn.Module) -> int:
     config = training_config(task)
-    data = training_data(task.config, task.root)
-    teacher = load(task.config, "teacher", task.device) if config.needs_teacher else None
-    trainer = GraceTrainer(model, config, teacher, train_dataset=data, data_collator=data.collate)
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    return model.eval()
-
-
-def _score(task: Task, model: nn.Module) -> dict[str, Any]:
-    """Answers and scores; of the packed model where there is one."""
-    rows, batches = heldout(task.config, task.root)
-    said = _answers(task, model, batches)
-    result: dict[str, Any] = {"deployed": False, "agreement": None}
-    if task.arm.deployable:
-        packed = deploy(task, model)
-        deployed = _answers(task, packed, batches)
-        same = sum(a == b for a, b in zip(said, deployed, strict=True))
-        result = {"deployed": True, "agreement": same / len(rows)}
-        said = deployed
-    answered = mme.answered(rows, said)
-    mme.write_results(task.folder / "answers", answered)
-    return {**result, "score": mme.score(answered), "right": right(answered)}
-
-
-def _answers(task: Task, model: nn.Module, batches: Sequence[answer.Batch]) -> list[str]:
-    return answer.answer(
-        model, processor_of(task.config), batches, max_new_tokens=1, progress=False
+    teacher = None
+    if config.needs_teacher:
+        dtype = torch.bfloat16 if config.bf16 else torch.float32
+        teacher = models.load(task.model_dir("teacher"), task.device, dtype)
+    return train(
+        model, config, training_data(task), task.processor, teacher=teacher, until=task.until
     )
-
-
-def deploy(task: Task, model: nn.Module) -> nn.Module:
-    """Export the model as compressed-tensors and load it as users do: packed, on our kernels."""
-    from transformers import AutoModelForImageTextToText
-
-    from grace.export import export
-    from grace.nn import PackedLinear
-
-    directory = task.folder / "packed"
-    export(model, directory, processor=processor_of(task.config), overwrite=directory.exists())
-    packed: Any = AutoModelForImageTextToText.from_pretrained(directory, dtype=_serving_dtype(task))
-    if not any(isinstance(module, PackedLinear) for module in packed.modules()):
-        raise RuntimeError(f"study: {directory} must load as packed layers, got none")
-    return packed.to(task.device).eval()
-
-
-def _serving_dtype(task: Task) -> torch.dtype:
-    # A GPU's kernels take half precision. Logits of models this small lie close together: rounded
-    # to bf16, one answer in a hundred changes; to fp16, none did.
-    return torch.float32 if task.device == "cpu" else torch.float16
-
-
-def right(rows: Sequence[mme.Row]) -> dict[str, str]:
-    """For every subtask one digit an image, 0 to 2: how many of its questions were right."""
-    counts: dict[str, dict[Path, int]] = {}
-    for row in rows:
-        hit = mme.parse_answer(row.prediction or "") == row.answer.lower()
-        images = counts.setdefault(row.subtask, {})
-        images[row.image] = images.get(row.image, 0) + hit
-    return {subtask: "".join(map(str, images.values())) for subtask, images in counts.items()}
-
-
-def deployed_bytes(model: nn.Module, bits: int | None) -> int:
-    """Bytes of the weights as served: quantized layers at `bits`, scales and the rest in bf16."""
-    from grace.nn import FakeQuantLinear
-
-    total = 2 * sum(parameter.numel() for parameter in model.parameters())
-    for layer in model.modules():
-        if bits is not None and isinstance(layer, FakeQuantLinear):
-            total -= 2 * layer.weight.numel() - -(-bits * layer.weight.numel() // 8)
-    return total

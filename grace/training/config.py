@@ -38,6 +38,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 DISTILLATIONS = ("gdkd", "kd", "none")
 SCALE_DTYPES = ("bfloat16", "float16", "float32", None)
+HELD_BY_DEFAULT = 4 * 2**30  # bytes of quantized weights: of a student of 2 billion, in bf16
 SCALE_INITS = ("mse", "p99", "absmax")
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 
@@ -143,11 +144,12 @@ class GraceConfig(TrainingArguments):
     beta_max: float = field(default=5.0, metadata={"help": "Upper bound of beta."})
     ema_decay: float = field(default=0.99, metadata={"help": "Decay of the controller's average."})
 
-    hold_quantized: bool = field(
-        default=False,
+    hold_quantized: bool | None = field(
+        default=None,
         metadata={
             "help": "Keep the quantized weights of all layers from forward to backward, 2 bytes a "
-            "weight in bf16: gradient checkpointing then does not make them twice."
+            "weight in bf16: gradient checkpointing then does not make them twice. Default: where "
+            "it would, without FSDP, and where they are 4 GiB at most."
         },
     )
 
@@ -181,9 +183,22 @@ class GraceConfig(TrainingArguments):
         return cls(**{**PRESETS[preset], **options})
 
     @property
+    def n_gpu(self) -> int:
+        """GPUs of this process: one at most. Trainer would spread a lone process over all by
+        DataParallel, which copies modules and so loses what their hooks know."""
+        return min(1, super().n_gpu)
+
+    @property
     def needs_teacher(self) -> bool:
         """Whether any term of the loss looks at the teacher."""
         return self.distillation != "none" or self.omega > 0
+
+    def holds_quantized(self, size: int) -> bool:
+        """Whether quantized weights of `size` bytes are kept from forward to backward."""
+        if self.hold_quantized is not None:
+            return self.hold_quantized
+        made_twice = self.gradient_checkpointing and not self.fsdp
+        return made_twice and size <= HELD_BY_DEFAULT
 
     @property
     def loss_dtype(self) -> torch.dtype | None:

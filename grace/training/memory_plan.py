@@ -112,8 +112,8 @@ def activations(student: ModelSize, load: Load, checkpointing: bool) -> int:
 def held_weights(student: ModelSize, load: Load, config: GraceConfig) -> int:
     """Bytes of quantized weights that `hold_quantized` keeps beside the activations; without
     checkpointing the activations hold them already."""
-    held = config.hold_quantized and config.gradient_checkpointing
-    return load.compute * student.quantized if held else 0
+    size = load.compute * student.quantized
+    return size if config.gradient_checkpointing and config.holds_quantized(size) else 0
 
 
 def _forward(decoder: Decoder, load: Load) -> int:

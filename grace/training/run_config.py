@@ -49,8 +49,15 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return parse_config(read_options(path, overrides))
 
 
-def read_options(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def read_options(
+    path: str | Path, overrides: Sequence[str] = (), *, where: str = "train"
+) -> dict[str, Any]:
     """The mapping in a YAML file with `key=value` on top, whatever its keys.
+
+    Args:
+        path: the file.
+        overrides: what comes on top.
+        where: the command that errors begin with.
 
     Raises:
         FileNotFoundError: no such file.
@@ -58,24 +65,24 @@ def read_options(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, A
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"train: config must be a file, got {path}")
+        raise FileNotFoundError(f"{where}: config must be a file, got {path}")
     options = yaml.safe_load(path.read_text()) or {}
     if not isinstance(options, dict):
-        raise ValueError(f"train: {path} must hold a mapping, got {type(options).__name__}")
+        raise ValueError(f"{where}: {path} must hold a mapping, got {type(options).__name__}")
     for override in overrides:
-        _override(options, override)
+        _override(options, override, where)
     return options
 
 
-def _override(options: dict[str, Any], override: str) -> None:
+def _override(options: dict[str, Any], override: str, where: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key:
-        raise ValueError(f"train: an override must be key=value, got {override!r}")
+        raise ValueError(f"{where}: an override must be key=value, got {override!r}")
     *parents, name = key.split(".")
     for parent in parents:
         options = options.setdefault(parent, {})
         if not isinstance(options, dict):
-            raise ValueError(f"train: {parent} must be a mapping to set {key}, got {options!r}")
+            raise ValueError(f"{where}: {parent} must be a mapping to set {key}, got {options!r}")
     under = options.get("quantization")  # `bits=8` also where the file has it under its heading
     if not parents and isinstance(under, dict) and name in under:
         options = under

@@ -9,6 +9,7 @@ multiplied, exactly as on one GPU.
 from __future__ import annotations
 
 import contextlib
+import logging
 from typing import Any
 
 import torch
@@ -16,7 +17,21 @@ from accelerate import ParallelismConfig
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
+
+logger = logging.getLogger(__name__)
+
+
+def tell_of_idle_gpus(args: TrainingArguments) -> None:
+    """A warning where a process alone trains on one of several GPUs."""
+    here = torch.cuda.device_count()
+    if args.n_gpu and args.world_size == 1 and here > 1:
+        logger.warning(
+            "GraceTrainer: one process trains on one GPU, here are %d; to use all of them: "
+            "torchrun --nproc-per-node=%d -m grace.cli train …",
+            here,
+            here,
+        )
 
 
 def keep_fp32(plugin: Any) -> None:

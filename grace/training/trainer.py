@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback
 
 from grace.losses import AdaptiveIBController
-from grace.nn.quantize_ahead import hold, quantize_ahead, release
+from grace.nn.quantize_ahead import hold, quantize_ahead, release, size_made
 from grace.ops.linear_gated_dkd import whole_head
 from grace.training import memory
 from grace.training.adapters import HiddenStates, adapter_for
@@ -24,6 +24,7 @@ from grace.training.meter import SUMS, Meter, share_of
 from grace.training.optimizer import parameter_groups, use_fp32_masters
 from grace.training.progress import Progress
 from grace.training.sampler import EpochSetter, check_data_state, data_state, epoch_sampler
+from grace.training.sharding import tell_of_idle_gpus
 from grace.training.step import MicroBatch, identity, model_inputs, plan
 from grace.training.teacher_placement import TeacherStream, place_teacher
 from grace.training.terms import drop_nonfinite, loss_terms
@@ -72,6 +73,7 @@ class GraceTrainer(AtomicTrainer):
             raise ValueError(
                 "GraceTrainer: teacher must be given unless distillation is 'none' and omega 0"
             )
+        tell_of_idle_gpus(args)
         self.adapter = adapter_for(model)
         self.quantized = _prepare_student(model, args)
         self.controller = AdaptiveIBController(
@@ -105,6 +107,7 @@ class GraceTrainer(AtomicTrainer):
         for callback in (self._drift, MetricsWriter(), Progress(), self._order):
             self.add_callback(callback)
         quantize_ahead(self.adapter.layers)
+        self.holds_quantized = args.holds_quantized(size_made(self.adapter.layers, args.loss_dtype))
 
     def _place_teacher(self, teacher: nn.Module | None) -> Any:
         if teacher is None or not self.args.needs_teacher:
@@ -182,7 +185,7 @@ class GraceTrainer(AtomicTrainer):
 
     def _student(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[HiddenStates, Any]:
         """The student's forward: what it left behind, and its outputs."""
-        if self.args.hold_quantized and model.training:
+        if self.holds_quantized and model.training:
             hold(self.adapter.layers, self.args.loss_dtype)
         vision = self.adapter.vision_always(inputs, self.args.world_size > 1)
         capture = self.adapter.capture(self.args.rcka_layer)
@@ -211,7 +214,7 @@ class GraceTrainer(AtomicTrainer):
         try:
             loss = super().training_step(*args, **kwargs)
         finally:
-            if self.args.hold_quantized:
+            if self.holds_quantized:
                 release(self.adapter.layers)
         if self.accelerator.sync_gradients:
             self._end_step()

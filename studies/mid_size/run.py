@@ -9,8 +9,15 @@ benchmark in full precision. It then is student and teacher: `grace train` train
 held-out questions: the student as it was, the student rounded to nearest (RTN), and the trained
 one, both of these exported and loaded as users load them, on packed kernels.
 
-OUT/mid_size.json holds scores, seconds and memory; OUT/run is an ordinary run of `grace train`.
-What is done already in OUT is not done again.
+OUT/mid_size.json holds scores, seconds and memory, OUT/report.md the same to read; OUT/run is an
+ordinary run of `grace train`. What is done already in OUT is not done again. The committed results
+beside this file are of a student that stopped early under a teacher of its size that did not:
+
+    python studies/mid_size/run.py --out runs/teacher --seed 1 --steps 2
+    python studies/mid_size/run.py --out runs/mid-size --warm-up-steps 200 \
+        --teacher runs/teacher/student
+
+    python studies/mid_size/run.py --report studies/mid_size    # report.md from mid_size.json
 """
 
 from __future__ import annotations
@@ -39,7 +46,8 @@ from grace.training.files import write_whole
 from grace.training.run import run
 from grace.training.run_config import parse_config
 
-RESULT = "mid_size.json"
+RESULT, REPORT = "mid_size.json", "report.md"
+TITLES = {"student": "student", "rtn": "RTN, INT{bits}", "grace": "GRACE, INT{bits}"}
 ARMS = ("student", "rtn", "grace")
 
 
@@ -256,24 +264,40 @@ def study(
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
     write_whole(out / RESULT, json.dumps(result, indent=1) + "\n")
+    shutil.copyfile(out / "run" / "curves.png", out / "curves.png")
+    report(out)
     return result
 
 
-def table(result: dict[str, Any]) -> list[str]:
-    """A line a subtask, a column a model."""
-    scores, bits = result["scores"], result["training"]["bits"]
-    titles = {"student": "student", "rtn": f"RTN INT{bits}", "grace": f"GRACE INT{bits}"}
-    lines = ["".join([f"{'':24}", *(f"{titles[arm]:>14}" for arm in ARMS)])]
+def report(out: Path) -> str:
+    """Writes and returns Markdown of a result: a line a subtask, a column a model."""
+    result = json.loads((out / RESULT).read_text())
+    scores, training, summary = (result[name] for name in ("scores", "training", "summary"))
+    titles = [TITLES[arm].format(bits=training["bits"]) for arm in ARMS]
+    lines = [["subtask", *titles], ["---", *["---:"] * len(ARMS)]]
     for name in scores["student"]["subtasks"]:
         values = [scores[arm]["subtasks"][name]["score"] for arm in ARMS]
-        lines.append("".join([f"{name:24}", *(f"{value:14.1f}" for value in values)]))
-    totals = [scores[arm]["total"] for arm in ARMS]
-    lines.append("".join([f"{'total':24}", *(f"{value:14.1f}" for value in totals)]))
-    return lines
+        lines.append([name, *(f"{value:.1f}" for value in values)])
+    lines.append(["total", *(f"{scores[arm]['total']:.1f}" for arm in ARMS)])
+    peak = summary.get("peak_gpu_gib")
+    memory = "" if peak is None else f", peak {peak:.1f} GiB on the GPU"
+    text = f"""# A mid-sized student through `grace train`
+
+{result["warm_up"]["parameters"] / 1e6:.0f} million parameters, {summary["steps"]} steps of
+{training["per_device_train_batch_size"]} rows on {result["device"]}: {summary["seconds"]:.0f} s,
+{summary["median_tokens_per_second"]:,.0f} tokens/s{memory}. Scores are MME's, 200 a subtask, on
+{scores["student"]["questions"]:,} held-out questions; both INT{training["bits"]} models are
+exported ones on packed kernels. GRACE's steps are further training, too: what of the difference is
+theirs the control of a study tells, this run does not.
+
+""" + "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    text += "\n\n![Curves of the run](curves.png)\n"
+    write_whole(out / REPORT, text)
+    return text
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Folder of the study.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the study.")] = None,
     scale: Annotated[str, typer.Option(help="mid or tiny.")] = "mid",
     seed: Annotated[int, typer.Option(help="Of weights, data and training.")] = 0,
     teacher: Annotated[Path | None, typer.Option(help="Checkpoint; default: the student.")] = None,
@@ -282,8 +306,16 @@ def main(
     learning_rate: Annotated[float | None, typer.Option(help="Of `grace train`.")] = None,
     warm_up_steps: Annotated[int | None, typer.Option(help="Most steps on questions.")] = None,
     warm_up_lr: Annotated[float | None, typer.Option(help="Of the warm-up.")] = None,
+    only_report: Annotated[
+        Path | None, typer.Option("--report", help="Folder of a result to write a report of.")
+    ] = None,
 ) -> None:
-    """Run the study, or what is left of it, and print its table."""
+    """Run the study, or what is left of it, and print its report."""
+    if only_report is not None:
+        print(report(only_report))
+        return
+    if out is None:
+        raise typer.BadParameter("--out or --report must be given")
     if scale not in SCALES:
         raise typer.BadParameter(f"scale must be one of {', '.join(SCALES)}, got {scale}")
     chosen = SCALES[scale]
@@ -291,8 +323,8 @@ def main(
     recipe = replace(chosen.recipe, **{k: v for k, v in changed.items() if v is not None})
     given = {"max_steps": steps, "bits": bits, "learning_rate": learning_rate}
     options = {name: value for name, value in given.items() if value is not None}
-    result = study(out, replace(chosen, recipe=recipe), seed=seed, teacher=teacher, **options)
-    print("\n".join(table(result)))
+    study(out, replace(chosen, recipe=recipe), seed=seed, teacher=teacher, **options)
+    print((out / REPORT).read_text())
     print(f"written: {out / RESULT}")
 
 

@@ -25,7 +25,7 @@ def step(request: pytest.FixtureRequest) -> bench.Step:
 def test_ours_is_the_authors_step(step: bench.Step) -> None:
     loss = step.trainer.compute_loss(step.student, dict(step.batch))
     torch.testing.assert_close(loss, step.authors.loss(), rtol=1e-5, atol=1e-5)
-    ours, held, theirs = step.ours(), step.ours(hold=True), step.theirs()
+    ours, held, theirs = step.ours(), step.other_way(), step.theirs()
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-7)
     assert torch.equal(ours, held)
     assert ours.norm() > 0
@@ -74,9 +74,10 @@ def test_phases_and_breakdown() -> None:
     found = step.phases()
     assert list(found) == ["teacher", "student and losses", "backward"]
     assert min(found.values()) > 0
-    spent = breakdown(step.ours, CPU)
+    spent = breakdown(step.ours, CPU, 1e6)
     assert {"fake_quant", "gated_dkd", "cka", "matrix products", "idle"} <= set(spent)
     assert min(spent.values()) >= 0
+    assert sum(spent.values()) == pytest.approx(1e6, abs=0.1)
 
 
 @pytest.mark.parametrize(

@@ -196,7 +196,20 @@ def test_generate_streams_and_tells_its_speed(
     assert run("generate", models / "student", *options, "--device", "cpu") == 0
     captured = capsys.readouterr()
     assert captured.out.strip()
-    assert "tokens/s, first after" in captured.err
+    assert "3 tokens, " in captured.err
+    assert " tokens/s (" in captured.err
+    assert ", prefill " in captured.err
+
+
+def test_generate_samples_from_a_seed(models: Path, capsys: pytest.CaptureFixture) -> None:
+    said = []
+    for seed in (1, 1, 2):
+        options = ("--prompt", "How many stars ?", "--temperature", 3, "--seed", seed)
+        run("generate", models / "student", *options, "--max-new-tokens", 8, "--device", "cpu")
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] != said[2]
+    assert run("generate", models / "student", "--prompt", "?", "--head-bits", 4) == 2
+    assert "lm_head_bits must be 8, got 4" in capsys.readouterr().err
 
 
 def test_packed_models_are_fused_for_serving(

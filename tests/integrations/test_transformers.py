@@ -13,8 +13,9 @@ import models
 import pytest
 import torch
 import transformers
+from packed_models import assert_same_files, packed_layers
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.quantizers import auto
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 from transformers.trainer_utils import validate_quantization_for_training
@@ -24,13 +25,9 @@ import grace
 from grace.checkpoint import read_header
 from grace.formats.compressed_tensors_config import Unsupported
 from grace.integrations.compressed_tensors import PackedQuantizer, plan
-from grace.nn import FakeQuantLinear, PackedLinear
+from grace.nn import FakeQuantLinear
 
 TOKENS = torch.arange(3, 27).view(2, 12)
-
-
-def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
-    return {n: m for n, m in model.named_modules() if isinstance(m, PackedLinear)}
 
 
 def save_packed(
@@ -46,21 +43,6 @@ def save_packed(
 def logits(model: Any) -> Tensor:
     with torch.no_grad():
         return model(input_ids=TOKENS).logits
-
-
-def tensors_of(directory: Path) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    for file in sorted(directory.glob("*.safetensors")):
-        found.update(load_file(file))
-    return found
-
-
-def assert_same_files(first: Path, second: Path) -> None:
-    a, b = tensors_of(first), tensors_of(second)
-    assert a.keys() == b.keys()
-    for name in a:
-        assert a[name].dtype == b[name].dtype, name
-        assert torch.equal(a[name], b[name]), name
 
 
 @pytest.fixture

@@ -11,6 +11,8 @@ from conftest import Kernels
 from ops.examples import EXAMPLES
 from oracle import assert_accurate, to_double
 from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
 
 from grace import _library
 
@@ -20,6 +22,11 @@ OPS = sorted(name for name in _library.schemas() if not name.endswith("_"))
 # Ops in the files of another, whose public function calls them; and their reference there.
 BESIDE = {"fake_quant_many_to": ("fake_quant_many", "reference_to")}
 PUBLIC_OPS = [name for name in OPS if not name.endswith("_backward") and name not in BESIDE]
+TRAINS = [
+    name
+    for name in OPS
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"grace::{name}", "Autograd")
+]
 COMPOSED = {name for name in OPS if _library.is_composed(name)}
 # On a GPU these take no float32: see the op's documentation.
 HALF_ONLY = {"dequant_gemm"}
@@ -83,6 +90,31 @@ def test_repeats_bitwise(kernels: Kernels, name):
 @pytest.mark.parametrize("name", OPS)
 def test_passes_opcheck(name):
     torch.library.opcheck(getattr(torch.ops.grace, name), EXAMPLES[name](torch.float32))
+
+
+@pytest.mark.parametrize("name", TRAINS)
+def test_trains_in_a_checkpointed_layer(name):
+    op, arguments = getattr(torch.ops.grace, name), _with_gradients(EXAMPLES[name](torch.float32))
+    leaves = [x for x in pytree.tree_leaves(arguments) if isinstance(x, Tensor) and x.requires_grad]
+
+    def loss(*arguments) -> Tensor:
+        outputs = as_tuple(op(*arguments))
+        return sum(x.double().sum() for x in outputs if x.requires_grad)
+
+    plain = torch.autograd.grad(loss(*arguments), leaves, allow_unused=True)
+    again = checkpoint(loss, *arguments, use_reentrant=False)
+    checkpointed = torch.autograd.grad(again, leaves, allow_unused=True)
+    assert any(grad is not None for grad in plain)
+    for a, b in zip(plain, checkpointed, strict=True):
+        assert a is b is None or a.equal(b)
+
+
+def _with_gradients(arguments):
+    def leaf(value):
+        trains = isinstance(value, Tensor) and value.is_floating_point()
+        return value.requires_grad_() if trains else value
+
+    return pytree.tree_map(leaf, arguments)
 
 
 @pytest.mark.parametrize("name", OPS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from conftest import Kernels
@@ -9,6 +11,8 @@ from torch import Tensor
 from windows import assert_margins_untouched, windowed
 
 from grace.ops import fake_quant, fake_quant_many
+
+module = importlib.import_module("grace.ops.fake_quant_many")
 
 # Weights of all the ways that the kernels go at group size -1 (a row is a group), and none at all.
 SHAPES = [(4, 96), (3, 64), (2, 33), (5, 128), (0, 64), (1, 512), (9, 256)]
@@ -69,11 +73,15 @@ def test_gradients_are_those_of_fake_quant():
         total = outputs[0].square().sum() + outputs[2].sum()
         return torch.autograd.grad(total, leaves, allow_unused=True)
 
-    op = torch.ops.grace.fake_quant_many(weights, log_scales, 4, -1, torch.bfloat16)
+    settings = (4, -1, torch.bfloat16)
+    op = torch.ops.grace.fake_quant_many(weights, log_scales, *settings)
+    # What the public function calls on a GPU.
+    function = module._FakeQuantMany.apply(settings, None, *leaves)
     singles = [fake_quant(w, t, group_size=-1) for w, t in zip(weights, log_scales, strict=True)]
-    actual, expected = gradients(op), gradients(singles)
+    expected = gradients(singles)
     assert [i for i, grad in enumerate(expected) if grad is None] == [1, 4]
-    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(gradients(op), expected)
+    torch.testing.assert_close(gradients(function), expected)
     public = fake_quant_many(weights, log_scales, group_size=-1)
     assert_same(public, op)
 
@@ -175,6 +183,9 @@ def test_gradients_through_16_bits(dtype):
     expected = gradients([w.to(dtype) for w in wide])
     op = torch.ops.grace.fake_quant_many_to(weights, log_scales, *settings)
     assert_same(gradients(op), expected)
+    # What the public function calls on a GPU.
+    function = module._FakeQuantMany.apply(settings[:-1], dtype, *leaves)
+    assert_same(gradients(function), expected)
     public = fake_quant_many(weights, log_scales, group_size=-1, dtype=dtype)
     for a, b in zip(gradients(public), expected, strict=True):  # sums in another order
         torch.testing.assert_close(a, b)

@@ -44,9 +44,11 @@ def test_every_stage_once(
     assert {"curves.png", "metrics.jsonl", "final"} <= {
         path.name for path in (tmp_path / "run").iterdir()
     }
-    lines = mid_size.table(result)
-    assert lines[0].split() == ["student", "RTN", "INT4", "GRACE", "INT4"]
-    assert lines[-1].split()[1] == f"{result['scores']['student']['total']:.1f}"
+    text = mid_size.report(tmp_path)
+    assert text == (tmp_path / "report.md").read_text()
+    totals = (f"{result['scores'][arm]['total']:.1f}" for arm in ("student", "rtn", "grace"))
+    assert f"| total | {' | '.join(totals)} |" in text
+    assert (tmp_path / "curves.png").is_file()
     made = (tmp_path / "run" / "metrics.jsonl").stat().st_mtime_ns
     again = mid_size.Study(tmp_path, mid_size.TINY, 0, said.append)
     student = again.warm_up()
@@ -68,3 +70,10 @@ def test_the_mid_sized_student_is_mid_sized(mid_size: ModuleType) -> None:
     with torch.device("meta"):
         parameters = sum(p.numel() for p in LlamaModel(config).parameters())
     assert 50e6 < parameters < 150e6
+
+
+def test_the_committed_report_is_of_the_committed_result(
+    mid_size: ModuleType, tmp_path: Path
+) -> None:
+    (tmp_path / "mid_size.json").write_text((SCRIPT.parent / "mid_size.json").read_text())
+    assert mid_size.report(tmp_path) == (SCRIPT.parent / "report.md").read_text()

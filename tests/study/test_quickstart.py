@@ -119,7 +119,7 @@ def test_a_packed_model_that_answers_otherwise_fails_the_run(study: dict[str, An
 
     arm = {"name": "grace-4", "agreement": 0.99}
     with pytest.raises(RuntimeError, match=r"packed grace-4 must answer .* 99.5% .*, got 99.00%"):
-        check_agreement({"arms": [arm]})
+        check_agreement({"arms": [arm], "config": {"least_agreement": 0.995}})
     check_agreement(study)
 
 

@@ -4,21 +4,31 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from grace.study.arms import Arm, quickstart_arms
-from grace.study.config import SCALES, from_dict
+from grace.study.config import SCALES, StudyConfig
 from grace.study.data import PackedQuestions, cache_teacher, draw
+from grace.study.models import load, model_dir, processor_of
+from grace.study.options import from_dict
 from grace.study.report import read_study
 from grace.study.run import run_study
 from grace.study.statistics import pair_scores, paired_difference, subtask_errors, total_error
-from grace.study.worker import load, processor_of
 from grace.training import GraceConfig
 from grace.training.adapters import adapter_for
 from grace.training.step import Teacher, model_inputs, plan
+
+
+def _load(config: StudyConfig, which: str) -> Any:
+    return load(model_dir(config, Path(), which))
+
+
+def _processor(config: StudyConfig) -> Any:
+    return processor_of(model_dir(config, Path(), "student"))
 
 
 def test_arms_that_are_compared_differ_in_nothing_else() -> None:
@@ -28,7 +38,7 @@ def test_arms_that_are_compared_differ_in_nothing_else() -> None:
     assert not by_name["rtn-4"].trained
     assert by_name["qat-4"].training_options().keys() >= {"distillation", "omega"}
     with pytest.raises(ValueError, match="method must be one of"):
-        Arm("gptq", 4)
+        Arm("zero-shot", 4)
     with pytest.raises(ValueError, match="rtn must not be at 32 bits"):
         Arm("rtn")
 
@@ -70,11 +80,15 @@ def drawn(tmp_path_factory: pytest.TempPathFactory, models: Path) -> tuple:
 def test_cached_teacher_rows_are_the_teacher_s_own(drawn: tuple, tmp_path: Path) -> None:
     config, root = drawn
     options = GraceConfig(output_dir=str(tmp_path), use_cpu=True)
-    model = load(config, "teacher")
-    plain = PackedQuestions(root / "train", processor_of(config))
+    model = _load(config, "teacher")
+    plain = PackedQuestions(root / "train", _processor(config))
     cache_teacher(model, plain, tmp_path / "teacher.safetensors", options, batch_images=5)
-    cached = PackedQuestions(root / "train", processor_of(config), tmp_path / "teacher.safetensors")
-    student = adapter_for(load(config, "student"))
+    cached = PackedQuestions(
+        root / "train",
+        _processor(config),
+        tmp_path / "teacher.safetensors",
+    )
+    student = adapter_for(_load(config, "student"))
     teacher = Teacher(model, options)
     for chosen in ([3, 0, 7], [15, 2]):
         fresh, brought = (
@@ -90,29 +104,29 @@ def test_cached_teacher_rows_are_the_teacher_s_own(drawn: tuple, tmp_path: Path)
 def test_rows_of_another_teacher_are_refused(drawn: tuple, tmp_path: Path) -> None:
     config, root = drawn
     options = GraceConfig(output_dir=str(tmp_path), use_cpu=True)
-    data = PackedQuestions(root / "train", processor_of(config))
+    data = PackedQuestions(root / "train", _processor(config))
     batch = {**data.collate([data[0]]), "teacher_last": torch.zeros(1, 80)}
     batch["teacher_layer"] = torch.zeros(16, 80)
-    student = adapter_for(load(config, "student"))
+    student = adapter_for(_load(config, "student"))
     with pytest.raises(ValueError, match="teacher_last must have a row for each of"):
-        plan([batch], student, Teacher(load(config, "teacher"), options), options, lambda x: x)
+        plan([batch], student, Teacher(_load(config, "teacher"), options), options, lambda x: x)
 
 
 def test_packed_batches_hold_every_question(drawn: tuple) -> None:
     config, root = drawn
-    data = PackedQuestions(root / "train", processor_of(config))
+    data = PackedQuestions(root / "train", _processor(config))
     batch = data.collate([data[0], data[9]])
     assert len(data) == 16
     blocks = [(position == 18).sum() for position in batch["position_ids"]]
     assert blocks == [5, 5]
-    output = load(config, "student")(**model_inputs(batch))
+    output = _load(config, "student")(**model_inputs(batch))
     assert output.logits.isfinite().all()
 
 
 def test_a_teacher_that_is_missing_is_told_of_first(tmp_path: Path) -> None:
     config = replace(SCALES["tiny"], models=str(tmp_path / "absent"))
     with pytest.raises(OSError, match="must be a directory, got nothing"):
-        run_study(config, quickstart_arms(), tmp_path / "run")
+        run_study(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

@@ -78,3 +78,26 @@ def test_unknown_names(tmp_path: Any) -> None:
         GraceConfig.from_preset("papr")
     with pytest.raises(ValueError, match="unknown option 'group_sise', did you mean 'group_size'"):
         GraceConfig.from_preset("paper", group_sise=64)
+
+
+def test_quantized_weights_are_held_where_checkpointing_would_make_them_twice(
+    tmp_path: Any,
+) -> None:
+    def holds(size: int, **options: object) -> bool:
+        return GraceConfig(output_dir=str(tmp_path), **options).holds_quantized(size)
+
+    at_most = 4 * 2**30
+    assert holds(at_most, gradient_checkpointing=True)
+    assert not holds(at_most + 1, gradient_checkpointing=True)
+    assert not holds(1)
+    assert holds(at_most + 1, hold_quantized=True)
+    assert not holds(1, gradient_checkpointing=True, hold_quantized=False)
+    assert not holds(1, gradient_checkpointing=True, fsdp=True)
+
+
+def test_a_lone_process_has_one_gpu(tmp_path: Any) -> None:
+    config = GraceConfig(output_dir=str(tmp_path))
+    assert config.n_gpu in (0, 1)
+    config._n_gpu = 2  # as transformers finds two
+    assert config.n_gpu == 1
+    assert config.train_batch_size == config.per_device_train_batch_size

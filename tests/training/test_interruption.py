@@ -107,6 +107,20 @@ def test_an_interrupted_run_goes_on_bit_for_bit(
     assert_same_run(whole, tmp_path)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"bf16": True, "gradient_checkpointing": True}])
+def test_on_a_gpu_with_full_determinism(rows_root: Path, tmp_path: Path, options: dict) -> None:
+    """PyTorch's own backward on a GPU adds in any order unless asked not to."""
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    options = {**OPTIONS, **options, "use_cpu": False, "full_determinism": True}
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    assert run_alone(whole, rows_root, options) == 0
+    assert run_alone(again, rows_root, options, Signal(6, signal.SIGKILL)) == -9
+    assert run_alone(again, rows_root, {**options, "resume_from_checkpoint": True}) == 0
+    assert_same_run(whole, again)
+
+
 @pytest.fixture
 def trainer(rows_root: Path, tmp_path: Path) -> Callable[..., Any]:
     return lambda **options: make_trainer(

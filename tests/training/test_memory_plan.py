@@ -168,6 +168,8 @@ def test_held_weights_count_where_checkpointing_would_not_keep_them(
     options = {"hold_quantized": True, "gradient_checkpointing": True}
     assert held_weights(size, LOAD, _config(tmp_path, **options)) == 2 * size.quantized
     assert held_weights(size, LOAD, _config(tmp_path, hold_quantized=True)) == 0
+    options["hold_quantized"] = None  # the default: this size is small
+    assert held_weights(size, LOAD, _config(tmp_path, **options)) == 2 * size.quantized
 
 
 def test_models_that_cannot_be_planned(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def _weights(trainer: GraceTrainer) -> dict[str, torch.Tensor]:
 def test_holding_quantized_weights_changes_nothing(
     make_trainer: Callable, tmp_path: Path, options: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = make_trainer(**options, output_dir=str(tmp_path / "plain"))
+    plain = make_trainer(**options, hold_quantized=False, output_dir=str(tmp_path / "plain"))
     held = make_trainer(**options, hold_quantized=True, output_dir=str(tmp_path / "held"))
     plain.train()
     made: list[int] = []

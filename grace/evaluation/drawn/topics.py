@@ -59,6 +59,55 @@ class Topic:
     about: tuple[str, ...] = ()
 
 
+def _with_article(name: str) -> str:
+    return f"a{'n' * (name[0] == 'o')} {name}"
+
+
+def ask_existence(color: str, shape: str) -> str:
+    """Whether such a shape is there."""
+    return f"Is there {_with_article(f'{color} {shape}')} in this image?"
+
+
+def ask_count(shape: str) -> str:
+    """How many such shapes are there."""
+    return f"How many {plural(shape)} are there in this image?"
+
+
+def ask_color(shape: str) -> str:
+    """The color of the only such shape."""
+    return f"What color is the {shape} in this image?"
+
+
+def ask_position(one: str, side: str, other: str) -> str:
+    """Whether one shape lies on a side (left, right, above, below) of another."""
+    words = {"left": "on the left of", "right": "on the right of"}
+    return f"Is the {one} {words.get(side, side)} the {other} in this image?"
+
+
+def landscape_named(place: str, condition: str) -> str:
+    """A landscape in words."""
+    name = "mountains" if place == "mountain" else f"a {place}"
+    return f"{name} {CONDITIONS[condition]}"
+
+
+def ask_landscape(place: str, condition: str) -> str:
+    """Whether the landscape is this one."""
+    return f"Does this image show {landscape_named(place, condition)}?"
+
+
+def ask_result(kind: str, number: int) -> str:
+    """Whether `number` comes out of the "sum" or "program"."""
+    if kind == "sum":
+        return f"Is the answer to the calculation in this image {number}?"
+    return f"The image shows Python code. Is its output {number}?"
+
+
+def ask_translation(noun: str, adjective: str) -> str:
+    """Whether the French means this."""
+    name = english(noun, adjective)
+    return f'Is it right to translate the French in this image into English as "{name}"?'
+
+
 @cache
 def _pairs(kind: str, split: str) -> tuple[tuple[Any, Any], ...]:
     """All compositions of two parts that `split` asks about."""
@@ -75,12 +124,12 @@ def _existence(level: str, split: str, rng: Random) -> Topic:
     one = rng.choice(_pairs("color", split))
     other = rng.choice([p for p in _pairs("color", split) if p[0] != one[0] and p[1] != one[1]])
     names = [" ".join(pair) for pair in (one, other)]
-    first, second = (f"a{'n' * (name[0] == 'o')} {name}" for name in names)
+    first, second = (_with_article(name) for name in names)
     return Topic(
         "existence",
         (one, other),
         (("color", *one), ("color", *other)),
-        (f"Is there {first} in this image?", f"Is there {second} in this image?"),
+        (ask_existence(*one), ask_existence(*other)),
         f"Is there {first} or {second} in this image?",
         (names[0], names[1]),
     )
@@ -102,7 +151,7 @@ def _count(level: str, split: str, rng: Random) -> Topic:
         (one, other),
         (("count", one, shape), ("count", other, shape)),
         (f"{text(one)} in this image?", f"{text(other)} in this image?"),
-        f"How many {plural(shape)} are there in this image?",
+        ask_count(shape),
         (str(one), str(other)),
         (shape,),
     )
@@ -112,10 +161,9 @@ def _position(level: str, split: str, rng: Random) -> Topic:
     pair = rng.choice(_pairs("position", split))
     one, other = rng.sample(pair, 2)
     sides = ["left", "right"] if rng.random() < 0.5 else ["above", "below"]
-    words = {"left": "on the left of", "right": "on the right of"}
     choice = "on the left or on the right of" if "left" in sides else "above or below"
     rng.shuffle(sides)
-    texts = [f"Is the {one} {words.get(s, s)} the {other} in this image?" for s in sides]
+    texts = [ask_position(one, side, other) for side in sides]
     return Topic(
         "position",
         (sides[0], sides[1]),
@@ -135,7 +183,7 @@ def _color(level: str, split: str, rng: Random) -> Topic:
         (one, other),
         (("color", one, shape), ("color", other, shape)),
         (f"Is the {shape} {one} in this image?", f"Is the {shape} {other} in this image?"),
-        f"What color is the {shape} in this image?",
+        ask_color(shape),
         (one, other),
         (shape,),
     )
@@ -150,14 +198,12 @@ def _near(kind: str, split: str, rng: Random) -> tuple[tuple[Any, Any], tuple[An
 
 def _scene(level: str, split: str, rng: Random) -> Topic:
     one, other = _near("scene", split, rng)
-    names = [
-        f"{'mountains' if p == 'mountain' else f'a {p}'} {CONDITIONS[c]}" for p, c in (one, other)
-    ]
+    names = [landscape_named(*pair) for pair in (one, other)]
     return Topic(
         "scene",
         (one, other),
         (("scene", *one), ("scene", *other)),
-        (f"Does this image show {names[0]}?", f"Does this image show {names[1]}?"),
+        (ask_landscape(*one), ask_landscape(*other)),
         "What does this image show?",
         (names[0], names[1]),
     )
@@ -199,12 +245,11 @@ def _numbers(
 
 def _numerical_calculation(level: str, split: str, rng: Random) -> Topic:
     one, other = _numbers(calculation, "sum", level, split, rng)
-    text = "Is the answer to the calculation in this image {}?"
     return Topic(
         "numerical_calculation",
         (one[0], other[0]),
         (("sum", one[0]), ("sum", other[0])),
-        (text.format(one[1]), text.format(other[1])),
+        (ask_result("sum", one[1]), ask_result("sum", other[1])),
         "What is the answer to the calculation in this image?",
         (str(one[1]), str(other[1])),
     )
@@ -212,12 +257,11 @@ def _numerical_calculation(level: str, split: str, rng: Random) -> Topic:
 
 def _code_reasoning(level: str, split: str, rng: Random) -> Topic:
     one, other = _numbers(program, "program", level, split, rng)
-    text = "The image shows Python code. Is its output {}?"
     return Topic(
         "code_reasoning",
         (one[0], other[0]),
         (("program", one[0]), ("program", other[0])),
-        (text.format(one[1]), text.format(other[1])),
+        (ask_result("program", one[1]), ask_result("program", other[1])),
         "The image shows Python code. What is its output?",
         (str(one[1]), str(other[1])),
     )
@@ -226,12 +270,11 @@ def _code_reasoning(level: str, split: str, rng: Random) -> Topic:
 def _text_translation(level: str, split: str, rng: Random) -> Topic:
     one, other = _near("translation", split, rng)
     names = (english(*one), english(*other))
-    text = 'Is it right to translate the French in this image into English as "{}"?'
     return Topic(
         "text_translation",
         (one, other),
         (("translation", *one), ("translation", *other)),
-        (text.format(names[0]), text.format(names[1])),
+        (ask_translation(*one), ask_translation(*other)),
         "What is the French in this image in English?",
         names,
     )

@@ -1,0 +1,252 @@
+"""``python -m benchmarks.plot_generate``: tables and charts of what generation takes.
+
+Fills the block ``measured`` of ``docs/generation.md`` and draws ``docs/generation_<gpu>.png`` from
+the committed ``benchmarks/results/*/generate.json``; ``--check`` only compares.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import results
+from benchmarks.plot_dequant_gemm import markdown
+from benchmarks.plot_op_pages import drawn_from
+
+FOLDER = Path(__file__).parents[1] / "docs"
+PAGE = FOLDER / "generation.md"
+COMMAND = "python -m benchmarks.plot_generate"
+
+_BLOCK = re.compile(r"(<!-- begin measured .*?-->\n).*?(<!-- end measured -->)", flags=re.DOTALL)
+_DASH = "–"
+_BASE = "bf16"  # the side that ratios are to
+Row = Mapping[str, Any]
+
+
+def contents() -> dict[str, Any]:
+    """Committed results of GPUs."""
+    paths = sorted(results.ROOT.glob("*/generate.json"))
+    gpus = [path for path in paths if not path.parent.name.startswith("cpu-")]
+    return {path.parent.name: json.loads(path.read_text()) for path in gpus}
+
+
+def chart_path(gpu: str) -> Path:
+    """Of a GPU's chart."""
+    return FOLDER / f"generation_{gpu}.png"
+
+
+# --- tables --------------------------------------------------------------------------------------
+
+
+def cells(content: Mapping[str, Any]) -> dict[tuple[str, int], dict[str, Row]]:
+    """(model, batch) → side → row, of what was measured."""
+    found: dict[tuple[str, int], dict[str, Row]] = {}
+    for row in content["rows"]:
+        if "ms_per_token" in row:
+            key = (row["size"]["model"], row["size"]["batch"])
+            found.setdefault(key, {})[row["side"]] = row
+    return found
+
+
+def side_table(sides: Mapping[str, Row]) -> str:
+    """A line a side; in brackets over bf16 as transformers generates, above 1 where better."""
+    base = sides.get(_BASE)
+    header = ["side", "ms/token", "floor", "prefill ms", "tokens/s", "peak GiB", "weights GiB"]
+    lines = []
+    for name, row in sides.items():
+        lines.append(
+            [
+                name,
+                _ratio(row, base, lambda r: r["ms_per_token"], "{:.2f}"),
+                f"{row['floor_ms']:.2f}" if "floor_ms" in row else _DASH,
+                _ratio(row, base, lambda r: r["prefill_ms"], "{:.1f}"),
+                f"{row['tokens_per_s']:.0f}",
+                _ratio(row, base, lambda r: r.get("peak_mib"), "{:.2f}", 1024),
+                f"{row['weights_mib']['all'] / 1024:.2f}",
+            ]
+        )
+    return markdown(header, lines)
+
+
+def _ratio(
+    row: Row, base: Row | None, of: Callable[[Row], float | None], form: str, unit: float = 1.0
+) -> str:
+    value = of(row)
+    if value is None:
+        return _DASH
+    text = form.format(value / unit)
+    if base is None or row is base or not of(base):
+        return text
+    return f"{text} ({of(base) / value:.2f}×)"
+
+
+def memory_table(found: Mapping[tuple[str, int], Mapping[str, Row]]) -> str:
+    """Where the weights lie, of bf16 and of the packed model, MiB."""
+    lines = []
+    for model in dict.fromkeys(model for model, _ in found):
+        sides = next(sides for (name, _), sides in found.items() if name == model)
+        for side in (_BASE, "grace", "grace W8 head"):
+            if side in sides:
+                weights = sides[side]["weights_mib"]
+                parts = ("layers", "vision", "embedding", "head")
+                lines.append([model, side, *(f"{weights[part]:.0f}" for part in parts)])
+    return markdown(["model", "side", "layers", "vision", "embedding", "head"], lines)
+
+
+def kernel_table(row: Row) -> str:
+    """What a captured step launches, the longest first."""
+    ordered = sorted(row["kernels"], key=lambda kernel: -kernel["us_a_call"])
+    total = sum(kernel["us_a_call"] for kernel in ordered)
+    lines = [
+        [k["kernel"], f"{k['launches']:g}", f"{k['us']:.1f}", f"{k['us_a_call']:.0f}"]
+        for k in ordered[:16]
+    ]
+    together = ["all", f"{sum(k['launches'] for k in ordered):g}", "", f"{total:.0f}"]
+    return markdown(["kernel", "launches", "µs each", "µs a token"], [*lines, together])
+
+
+def section(gpu: str, content: Mapping[str, Any]) -> str:
+    """All about one GPU."""
+    facts, found = content["environment"], cells(content)
+    head = (
+        f"### {facts['device'].upper()}\n\n"
+        f"Medians; torch {facts['torch']}, CUDA {facts.get('cuda', 'unknown')}, commit "
+        f"{facts['commit'][:12]}. The floor is what reading a step's weights once takes at "
+        f"{facts['read_gb_per_s']:.0f} GB/s. In brackets: bf16 as transformers generates, over the "
+        "side; above 1 where the side is better."
+    )
+    parts = [head, f"![Time of a token and memory]({chart_path(gpu).name})"]
+    for (model, batch), sides in found.items():
+        size = next(iter(sides.values()))["size"]
+        prompt = f"{size['prompt']} tokens with an image, {size['new']} new"
+        parts += [f"**{model}, batch {batch}** ({prompt}):", side_table(sides)]
+    parts += ["Memory of the weights, MiB:", memory_table(found)]
+    for (model, batch), sides in found.items():
+        for name, row in sides.items():
+            if "kernels" in row:
+                parts += [f"Kernels of a step, {model}, batch {batch}, {name}:", kernel_table(row)]
+    if left_out := _absent(content):
+        parts.append("Not measured:\n\n" + left_out)
+    return "\n\n".join(parts)
+
+
+def _absent(content: Mapping[str, Any]) -> str:
+    rows = [row for row in content["rows"] if "absent" in row]
+    lines = {f"- {row['size']['model']}, {row['side']}: {row['absent']}" for row in rows}
+    return "\n".join(sorted(lines))
+
+
+# --- chart ---------------------------------------------------------------------------------------
+
+
+def chart(content: Mapping[str, Any]) -> bytes:
+    """A PNG: a bar a side under each model and batch, ms a token and, on the right, memory."""
+    from matplotlib.figure import Figure
+
+    lines: list[tuple[str, Row | None]] = []
+    for (model, batch), sides in cells(content).items():
+        lines += [(f"{model}, batch {batch}", None), *sides.items()]
+    height = 0.22 * len(lines) + 0.9
+    figure = Figure(figsize=(10, height), dpi=100, layout="constrained")
+    time, memory = figure.subplots(1, 2, sharey=True, width_ratios=[3, 2])
+    _bars(time, lines, lambda row: row["ms_per_token"], "ms a token (black: the floor)")
+    _bars(memory, lines, lambda row: row.get("peak_mib", 0.0) / 1024, "peak memory, GiB")
+    for y, (_, row) in enumerate(lines):
+        if row is not None and "floor_ms" in row:
+            time.plot([row["floor_ms"]] * 2, [y - 0.4, y + 0.4], color="black", linewidth=1.2)
+    time.set_yticks(range(len(lines)), [name for name, _ in lines], fontsize=8)
+    for label, (_, row) in zip(time.get_yticklabels(), lines, strict=True):
+        label.set_fontweight("bold" if row is None else "normal")
+    time.set_ylim(len(lines) - 0.5, -0.5)
+    return _png(figure, digest(content))
+
+
+def _bars(
+    axes: Any,
+    lines: Sequence[tuple[str, Row | None]],
+    of: Callable[[Row], float],
+    label: str,
+) -> None:
+    for y, (name, row) in enumerate(lines):
+        if row is None:
+            continue
+        color = "#2e8b57" if name.startswith("grace") else "#7f7f7f"
+        axes.barh(y, of(row), color=color, height=0.7)
+        place = {"textcoords": "offset points", "xytext": (4, 0), "va": "center"}
+        axes.annotate(f"{of(row):.2f}", (of(row), y), fontsize=7, color=color, **place)
+    axes.set_xlabel(label, fontsize=8)
+    axes.tick_params(axis="x", labelsize=7)
+    axes.margins(x=0.15)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+
+
+def digest(content: Mapping[str, Any]) -> str:
+    """Of the numbers that a chart shows."""
+    shown = [
+        [row["size"], row["side"], row["ms_per_token"], row.get("floor_ms"), row.get("peak_mib")]
+        for sides in cells(content).values()
+        for row in sides.values()
+    ]
+    return hashlib.sha256(json.dumps(shown).encode()).hexdigest()[:16]
+
+
+def _png(figure: Any, data: str) -> bytes:
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    drawn, small, info = io.BytesIO(), io.BytesIO(), PngInfo()
+    figure.savefig(drawn)
+    info.add_text("data", data)
+    image = Image.open(drawn).convert("RGB").quantize(64, Image.Quantize.MAXCOVERAGE)
+    image.save(small, "PNG", optimize=True, pnginfo=info)
+    return small.getvalue()
+
+
+# --- page ----------------------------------------------------------------------------------------
+
+
+def measured(found: Mapping[str, Any]) -> str:
+    """What stands between the markers."""
+    sections = [section(gpu, content) for gpu, content in found.items()]
+    return "\n\n".join(sections) or "No result of a GPU is committed yet."
+
+
+def filled(text: str, found: Mapping[str, Any]) -> str:
+    """The page's text with its marked block made anew."""
+    made, count = _BLOCK.subn(lambda m: f"{m[1]}{measured(found)}\n{m[2]}", text)
+    if count != 1:
+        raise ValueError(f"plot: {PAGE.name} must have one block measured, got {count}")
+    return made
+
+
+def stale() -> list[str]:
+    """Names of the page and charts that are not what the committed results give."""
+    found, text = contents(), PAGE.read_text()
+    names = [] if filled(text, found) == text else [PAGE.name]
+    charts = {chart_path(gpu): digest(content) for gpu, content in found.items()}
+    return names + [path.name for path, data in charts.items() if drawn_from(path) != data]
+
+
+def main() -> int:
+    """Writes page and charts, or says with exit code 1 which the results do not give."""
+    if "--check" in sys.argv[1:]:
+        names = stale()
+        if names:
+            print(f"not what the committed results give: {', '.join(names)}: {COMMAND}")
+        return int(bool(names))
+    found = contents()
+    for gpu, content in found.items():
+        if drawn_from(chart_path(gpu)) != digest(content):
+            chart_path(gpu).write_bytes(chart(content))
+    results.write_whole(PAGE, filled(PAGE.read_text(), found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,192 @@
+"""`Generator`: what `model.generate` says, decoded by captured graphs."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.generation import GenerateDecoderOnlyOutput
+
+from grace.generation import checks, fast
+from grace.generation.answer import Answer
+from grace.generation.cache import SharedCache, Storage
+from grace.generation.head import quantize_head
+from grace.generation.layers import known_layers
+from grace.generation.reports import Reports
+from grace.generation.steps import StaticSteps
+from grace.generation.timing import Timing
+
+logger = logging.getLogger(__name__)
+
+_SIZES = 8  # of batch and cache that are kept, with their graphs
+
+
+class Generator:
+    """Generates as ``model.generate`` does, token for token, with less between the products.
+
+    The prompt goes through the model as ever, images included. Each decode step is one CUDA graph:
+    the model on a static cache, the mask, the positions and, where the likeliest token is taken,
+    the choice. The host learns of tokens and of the end one step late, and never makes the device
+    wait. Where nothing can be captured (a CPU, sliding windows, …) the same loop runs without.
+
+    One generator serves one call at a time; calls of other threads wait. Its caches lie in one
+    memory, as large as the largest batch so far needed.
+
+    Args:
+        model: any decoder-only model of transformers with images or without, in eval mode, on one
+            device. Packed layers should be fused before (`grace.nn.fuse`).
+        max_batch_size: most rows a call; a batch is filled up to the next power of two.
+        max_length: most tokens a row, prompt and answer; default what the model's positions allow.
+        length_step: the cache is that long or a multiple: attention reads no more than needed.
+        capture: whether decode steps become CUDA graphs; default where the model is on a GPU.
+        compile: torch.compile the decode step first, which fuses what lies between the products:
+            True, or a mode of torch.compile without CUDA graphs of its own.
+        attention: how decode steps attend, "sdpa", "eager", "grouped", "flex" or "flash" (`fast`);
+            default as the model does. Results are the same up to rounding.
+        lm_head_bits: 8 quantizes the model's output head in place, to nearest with a scale for each
+            128 columns. It reads half as much and **changes logits**; off by default.
+        layers: what computes RMS norms of decode steps: "torch" (its fused norm), or "liger", which
+            does rotary embeddings, too, and must be installed (``pip install grace-vlm[fast]``).
+            Results are the same up to rounding; with ``compile`` it has no use.
+
+    Attributes:
+        timing: of the last call (`Timing`), None before.
+
+    Raises:
+        ValueError: an argument outside of the above, or an encoder-decoder model.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        max_batch_size: int = 32,
+        max_length: int | None = None,
+        length_step: int = 256,
+        capture: bool | None = None,
+        compile: bool | str = False,
+        attention: str | None = None,
+        lm_head_bits: int | None = None,
+        layers: str | None = None,
+    ) -> None:
+        checks.check_model(model)
+        self.model, self.device = model, model.device
+        self.max_batch_size = checks.at_least_1("max_batch_size", max_batch_size)
+        limit = checks.positions(model) if max_length is None else max_length
+        self.max_length = checks.at_least_1("max_length", limit)
+        self.length_step = checks.at_least_1("length_step", length_step)
+        cuda = self.device.type == "cuda"
+        if capture and not cuda:
+            raise ValueError(f"Generator: capture must be off, got True on {self.device}")
+        self.capture = cuda if capture is None else capture
+        self.attention = fast.known_attention(attention, model)
+        if lm_head_bits is not None:
+            quantize_head(model, lm_head_bits)
+        self.layers = known_layers(layers, model)
+        self._forward = fast.decode_forward(model, compile)
+        self.compiles = bool(compile) or attention == "flex"
+        self._lag = 1 if cuda else 0
+        self._why_plain = checks.why_plain(model)
+        if self._why_plain:
+            logger.warning("Generator: decodes as transformers does: %s", self._why_plain)
+        self._lock = threading.Lock()
+        self._storage = Storage()
+        self._sizes: OrderedDict[tuple[int, int], StaticSteps] = OrderedDict()
+        self._pool: Any = None
+        self.timing: Timing | None = None
+
+    def generate(self, inputs: Tensor | None = None, *, streamer: Any = None, **kwargs: Any) -> Any:
+        """The same as ``model.generate`` with the same arguments, greedy or sampled.
+
+        Args:
+            inputs: prompt ids [rows, tokens], if not given as ``input_ids``; padded on the left.
+            streamer: a transformers ``BaseStreamer``; gets the prompt, then tokens one step behind
+                the device.
+            **kwargs: processor output (``input_ids``, ``attention_mask``, ``pixel_values``, …) and
+                whatever ``GenerationConfig`` knows: ``max_new_tokens``, ``do_sample``,
+                ``temperature``, ``top_p``, ``top_k``, ``repetition_penalty``, ``eos_token_id``,
+                ``stop_strings`` with ``tokenizer``, ``num_return_sequences``, …; also
+                ``generation_config``, ``logits_processor``, ``stopping_criteria``.
+
+        Returns:
+            int64 [rows, tokens]: prompt and answer; rows that ended first are filled with the pad
+            token. With ``return_dict_in_generate`` a ``GenerateDecoderOnlyOutput`` of sequences.
+
+        Raises:
+            ValueError: more rows or tokens than the generator is for; beams, assistants and other
+                ways to decode; records of scores, logits, attentions or hidden states; a cache of
+                one's own.
+        """
+        checks.refuse(kwargs)
+        kwargs = checks.with_stop_strings(kwargs)
+        given = {"inputs": inputs, **kwargs}
+        given = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in given.items()}
+
+        def decode(model: Any, input_ids: Tensor, **prepared: Any) -> Any:
+            return self._decode(input_ids, streamer, **prepared)
+
+        # Buffers are written to by later calls, which need not be in inference mode.
+        with self._lock, self._on_device(), torch.inference_mode(False), torch.no_grad():
+            return self.model.generate(custom_generate=decode, streamer=streamer, **given)
+
+    def _on_device(self) -> Any:
+        cuda = self.device.type == "cuda"
+        return torch.cuda.device(self.device) if cuda else contextlib.nullcontext()
+
+    def _decode(
+        self,
+        input_ids: Tensor,
+        streamer: Any,
+        *,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        **arguments: Any,
+    ) -> Any:
+        """What `model.generate` calls when its arguments are checked and made."""
+        checks.check_decoding(generation_config, arguments)
+        self._check_size(len(input_ids), stopping_criteria.max_length)
+        answer = Answer(input_ids, logits_processor, stopping_criteria, generation_config)
+        answer.reports = Reports(answer.rows, self._lag, self.device, streamer)
+        found: Any = answer.make(self, arguments)
+        self.timing = answer.timing
+        if generation_config.return_dict_in_generate:
+            return GenerateDecoderOnlyOutput(sequences=found)
+        return found
+
+    def _check_size(self, rows: int, length: int) -> None:
+        if self.model.training:
+            raise ValueError("Generator: model must be in eval mode, got training mode")
+        if rows > self.max_batch_size:
+            limit = f"at most max_batch_size {self.max_batch_size} rows"
+            raise ValueError(f"Generator: inputs must have {limit}, got {rows}")
+        if length > self.max_length:
+            limit = f"prompt and new tokens must be at most max_length {self.max_length}"
+            raise ValueError(f"Generator: {limit}, got {length}")
+
+    def steps_for(self, rows: int, length: int) -> StaticSteps | None:
+        """Buffers of the size that holds this; None where there are none of this model."""
+        if self._why_plain:
+            return None
+        batch = min(1 << (rows - 1).bit_length(), self.max_batch_size)
+        # One longer than needed: a cache that is full to the last would need no mask.
+        size = (batch, -(-(length + 1) // self.length_step) * self.length_step)
+        if size not in self._sizes:
+            layers = self.model.config.get_text_config(decoder=True).num_hidden_layers
+            cache = SharedCache(layers, *size, self._storage, self.device)
+            self._sizes[size] = StaticSteps(self.model, cache, self._forward)
+            if len(self._sizes) > _SIZES:
+                self._sizes.popitem(last=False)
+        self._sizes.move_to_end(size)
+        return self._sizes[size]
+
+    def graph_pool(self) -> Any:
+        """The memory that all graphs share: no two of them run at once."""
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        return self._pool

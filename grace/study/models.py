@@ -1,0 +1,128 @@
+"""The models of a study: where they are, how they are loaded, how they are made from nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from grace.evaluation import tiny
+from grace.study.config import ModelRecipe, StudyConfig
+from grace.study.pool import TRAIN
+from grace.training.config import GraceConfig
+from grace.training.files import publish, write_whole
+
+MADE = "models"  # folder of those that a study makes
+_SHARD = "15MB"
+
+
+def model_dir(config: StudyConfig, root: Path, which: str) -> Path:
+    """Directory of the study's `teacher` or `student`."""
+    if config.models is not None:
+        return Path(config.models) / which
+    if config.make is not None:
+        return root / MADE / which
+    return tiny.teacher_dir() if which == "teacher" else tiny.student_dir()
+
+
+def load(directory: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A checkpoint on a device."""
+    from transformers import AutoModelForImageTextToText
+
+    model: Any = AutoModelForImageTextToText.from_pretrained(directory, dtype=dtype)
+    return model.to(device).eval()
+
+
+@lru_cache(maxsize=2)
+def processor_of(directory: Path) -> Any:
+    """The student's processor, which the teacher shares."""
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(directory)
+
+
+@lru_cache(maxsize=4)
+def digest(directory: Path) -> str:
+    """Of a checkpoint's weights."""
+    found = hashlib.sha256()
+    for path in sorted(directory.glob("*.safetensors")):
+        found.update(path.read_bytes())
+    return found.hexdigest()[:16]
+
+
+def make(
+    config: StudyConfig, root: Path, which: str, device: str, until: float | None = None
+) -> None:
+    """Train `teacher` or `student` from nothing into `root/models`, unless it is there.
+
+    It learns the rows that the arms train on, in full precision, and is kept in bfloat16. What was
+    interrupted goes on from its last checkpoint.
+
+    Raises:
+        OutOfTime: `until` came first; a checkpoint holds what was done.
+    """
+    from grace.study.training import DrawnQuestions, remove_checkpoints, train
+
+    if config.make is None or (root / MADE / which).is_dir():
+        return
+    from grace.evaluation.drawn import models
+
+    recipe: ModelRecipe = getattr(config.make, which)
+    processor = models.make_processor(config.pixels)
+    model: Any = models.make_model(recipe.size, config.make.seed, config.pixels)
+    folder = root / MADE / f"making-{which}"
+    started = time.perf_counter()
+    options = _options(config, recipe, folder, device)
+    data = DrawnQuestions(root / "data" / TRAIN, processor)
+    tokens = train(model, options, data, processor, until=until)
+    _keep(model, processor, root / MADE / which)
+    facts = {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "tokens": tokens,
+        "seconds": time.perf_counter() - started,  # of the last part, where it was interrupted
+    }
+    write_whole(root / MADE / f"{which}.json", json.dumps(facts))
+    remove_checkpoints(folder)
+
+
+def _options(config: StudyConfig, recipe: ModelRecipe, folder: Path, device: str) -> GraceConfig:
+    assert config.make is not None
+    return GraceConfig(
+        output_dir=str(folder),
+        quantization=False,
+        distillation="none",
+        omega=0.0,
+        freeze_vision=False,
+        max_steps=recipe.steps,
+        per_device_train_batch_size=recipe.batch_images,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=recipe.warmup_steps,
+        weight_decay=recipe.weight_decay,
+        adam_beta2=0.98,
+        logging_steps=max(1, recipe.steps // 100),
+        save_strategy="steps",
+        save_steps=recipe.save_steps,
+        save_total_limit=1,
+        seed=config.make.seed,
+        bf16=device == "cuda",
+        use_cpu=device == "cpu",
+        disable_tqdm=True,
+        dataloader_num_workers=config.loader_workers,
+    )
+
+
+def _keep(model: Any, processor: Any, directory: Path) -> None:
+    """Save in bfloat16, as models are served and small files travel; whole or not at all."""
+    beside = directory.with_name(f".{directory.name}.unfinished")
+    shutil.rmtree(beside, ignore_errors=True)
+    model.to(torch.bfloat16).save_pretrained(beside, max_shard_size=_SHARD)
+    processor.save_pretrained(beside)
+    publish(beside, directory)

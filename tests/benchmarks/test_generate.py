@@ -1,0 +1,212 @@
+"""The benchmark of generation on tiny models, and the page that is made of its results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+from benchmarks import bench_generate, generation, plot_generate, results
+from benchmarks.__main__ import available, load, start
+from benchmarks.bench_generate import SIDES, Plan, merged, rows_of
+from benchmarks.harness import Ceiling
+from grace.nn import FusedLinear, PackedLinear
+
+CPU = torch.device("cpu")
+
+
+def plan(**changes: Any) -> Plan:
+    facts = {"models": ["tiny Qwen3-VL student"], "batches": [1, 2], "sides": []}
+    return Plan(**{**facts, "new_tokens": 3, "repeats": 1, "profile": False, **changes})
+
+
+def test_every_side_that_a_cpu_has_is_measured() -> None:
+    rows = list(rows_of(plan(), CPU))
+    assert [row["size"]["batch"] for row in rows] == [1, 2] * 5
+    named = list(dict.fromkeys(row["side"] for row in rows))
+    assert named == ["bf16", "bf16 graph", "grace", "grace norms flash", "grace W8 head"]
+    for row in rows:
+        if row["side"] == "grace norms flash":
+            assert row["absent"].startswith("ValueError: Generator: attention 'flash' must have")
+            continue
+        assert row["tokens_per_s"] > 0
+        assert row["prefill_ms"] > 0
+        assert row["size"]["prompt"] == 12
+    weights = {row["side"]: row["weights_mib"] for row in rows if "weights_mib" in row}
+    assert weights["grace"]["layers"] < 0.3 * weights["bf16"]["layers"]
+    assert weights["bf16"]["head"] == 0 < weights["grace W8 head"]["head"]  # tied, then its own
+    assert weights["grace"]["vision"] == weights["bf16"]["vision"] > 0
+
+
+def test_models_are_packed_in_place_and_say_as_much() -> None:
+    model = generation.build("tiny LLaVA student", CPU)
+    inputs = generation.inputs_for(model, "tiny LLaVA student", 2)
+    tower = model.model.vision_tower
+    generation.pack_randomly(model)
+    kinds = {type(m) for m in model.model.language_model.modules()}
+    assert {FusedLinear, PackedLinear} <= kinds
+    assert torch.nn.Linear not in kinds
+    assert not any(isinstance(m, PackedLinear) for m in tower.modules())
+    logits = model(**inputs).logits
+    assert bool(logits.isfinite().all())
+    weights = generation.weights_mib(model)
+    assert weights["all"] == pytest.approx(
+        sum(weights[part] for part in ("layers", "vision", "embedding", "head")), abs=0.3
+    )
+    read = generation.read_mib(weights)
+    assert read == pytest.approx(weights["layers"] + weights["head"], abs=0.3)
+
+
+def test_compiled_sides_run_at_batch_1_unless_they_are_named() -> None:
+    gpu = torch.device("cuda")
+    assert plan().has("grace compiled flash", 1, gpu)
+    assert not plan().has("grace compiled flash", 8, gpu)
+    assert not plan().has("grace compiled flash", 1, CPU)
+    assert not plan().has("grace liger flash", 1, gpu)
+    named = plan(sides=["grace compiled"])
+    assert named.has("grace compiled", 8, gpu)
+    assert not named.has("bf16", 8, gpu)
+    packed = [side.packed for side in SIDES.values()]
+    assert packed == sorted(packed)  # a model is not made dense again
+    heads = ["lm_head_bits" in side.options for side in SIDES.values()]
+    assert heads == sorted(heads)
+
+
+def test_a_head_is_quantized_once() -> None:
+    first, again = "grace W8 head", "grace W8 head compiled flash"
+    side, done = bench_generate._with_head_done(SIDES[first], False)
+    assert side is SIDES[first]
+    assert done
+    side, _ = bench_generate._with_head_done(SIDES[again], True)
+    assert side.options == {"compile": True, "attention": "flash"}
+
+
+def test_every_cell_is_on_disk_when_it_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    monkeypatch.setattr(bench_generate, "measure_ceiling", lambda _: Ceiling(1e9, 1e12))
+    monkeypatch.setenv("GRACE_COMMIT", "a" * 40)
+    size = {"model": "m", "batch": 1, "prompt": 2, "new": 3}
+    weights = {"all": 8.0, "vision": 2.0, "embedding": 1.0, "head": 1.0, "layers": 4.0}
+    seen = []
+
+    def cells(_plan: Plan, _device: torch.device) -> Any:
+        for side in ("bf16", "grace", "bf16"):
+            yield {
+                "size": size,
+                "side": side,
+                "prefill_ms": 1.0,
+                "ms_per_token": 2.0,
+                "tokens_per_s": 3.0,
+                "weights_mib": weights,
+            }
+            (path,) = tmp_path.glob("*/generate.json")
+            seen.append([row["side"] for row in json.loads(path.read_text())["rows"]])
+
+    monkeypatch.setattr(bench_generate, "rows_of", cells)
+    bench_generate.run(plan(), CPU, keep=True)
+    assert seen == [["bf16"], ["bf16", "grace"], ["bf16", "grace"]]
+    rows = bench_generate.earlier(CPU)
+    assert [row["floor_ms"] for row in rows] == [pytest.approx(5 * 2**20 / 1e6, rel=1e-4)] * 2
+    monkeypatch.setenv("GRACE_COMMIT", "b" * 40)  # of other code there is nothing to go on with
+    assert bench_generate.earlier(CPU) == []
+
+
+def test_new_rows_take_the_places_of_old_ones() -> None:
+    old = [{"size": 1, "side": "a", "x": 1}, {"size": 1, "side": "b", "x": 1}]
+    assert [row["x"] for row in merged(old, [{"size": 1, "side": "a", "x": 2}])] == [2, 1]
+
+
+def test_it_is_a_program_of_its_own(capsys: pytest.CaptureFixture) -> None:
+    assert "generate" not in available()
+    with pytest.raises(typer.BadParameter):
+        load("generate")
+    with pytest.raises(SystemExit) as stop:
+        start(["generate", "--help"])
+    assert not stop.value.code
+    assert "--batches" in capsys.readouterr().out
+
+
+def test_grace_bench_hands_on_what_it_is_given(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    from grace.cli import bench, build_app, main
+
+    ran = []
+    monkeypatch.setattr(bench_generate, "run", lambda plan, on, keep: ran.append((plan, on, keep)))
+    arguments = ["bench", "generate", "--tiny", "--no-keep", "--device", "cpu", "--batches", "2"]
+    done = CliRunner().invoke(build_app(), [*arguments, "--sides", "bf16,grace"])
+    assert done.exit_code == 0, done.output
+    ((ours, on, keep),) = ran
+    assert (ours.batches, ours.sides, on, keep) == ([2], ["bf16", "grace"], CPU, False)
+    assert ours.models == list(bench_generate.TINY)
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", "generate", "--models", "nope"])
+    assert stop.value.code == 2
+    assert "grace: Invalid value: model must be one of LLaVA" in capsys.readouterr().err
+    monkeypatch.setattr(bench, "__file__", "/nowhere/grace/cli/bench.py")
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", "ops"])
+    assert stop.value.code == 2
+    assert "benchmarks/ must lie beside the package" in capsys.readouterr().err
+
+
+# --- the page ------------------------------------------------------------------------------------
+
+
+def content() -> dict[str, Any]:
+    size = {"model": "LLaVA", "batch": 1, "prompt": 632, "new": 128}
+    weights = {"all": 2048.0, "layers": 1000.0, "vision": 600.0, "embedding": 200.0, "head": 248.0}
+
+    def row(side: str, ms: float, peak: float, **more: Any) -> dict[str, Any]:
+        facts = {"prefill_ms": 10 * ms, "ms_per_token": ms, "floor_ms": 1.0, "tokens_per_s": 9.0}
+        return {
+            "size": size,
+            "side": side,
+            **facts,
+            "peak_mib": peak,
+            "weights_mib": weights,
+            **more,
+        }
+
+    kernels = [
+        {"kernel": "small", "launches": 2, "us": 1.0, "us_a_call": 2.0},
+        {"kernel": "large", "launches": 1, "us": 7.0, "us_a_call": 7.0},
+    ]
+    rows = [row("bf16", 16.0, 13312), row("grace", 2.0, 5120, kernels=kernels)]
+    rows.append({"size": size, "side": "grace flash", "absent": "not here"})
+    facts = {"device": "gpu", "torch": "2", "commit": "0" * 40, "read_gb_per_s": 3000.0}
+    return {"environment": facts, "rows": rows}
+
+
+def test_the_page_holds_the_committed_results() -> None:
+    assert plot_generate.stale() == [], plot_generate.COMMAND
+
+
+def test_a_section_tells_all_that_was_measured() -> None:
+    text = plot_generate.section("gpu", content())
+    assert "| bf16 | 16.00 | 1.00 | 160.0 | 9 | 13.00 | 2.00 |" in text
+    assert "| grace | 2.00 (8.00×) | 1.00 | 20.0 (8.00×) | 9 | 5.00 (2.60×) | 2.00 |" in text
+    assert "| LLaVA | grace | 1000 | 600 | 200 | 248 |" in text
+    assert text.index("| large | 1 | 7.0 | 7 |") < text.index("| small | 2 | 1.0 | 2 |")
+    assert "| all | 3 |  | 9 |" in text
+    assert "- LLaVA, grace flash: not here" in text
+    page = "<!-- begin measured x -->\nstale\n<!-- end measured -->"
+    assert text in plot_generate.filled(page, {"gpu": content()})
+    with pytest.raises(ValueError, match="one block measured"):
+        plot_generate.filled("no block", {})
+
+
+def test_a_chart_says_what_it_was_drawn_from(tmp_path: Path) -> None:
+    path = tmp_path / "chart.png"
+    path.write_bytes(plot_generate.chart(content()))
+    assert plot_generate.drawn_from(path) == plot_generate.digest(content())
+    other = content()
+    other["rows"][0]["ms_per_token"] = 17.0
+    assert plot_generate.digest(other) != plot_generate.digest(content())

@@ -1,0 +1,93 @@
+"""On a GPU: captured graphs against `model.generate`, and other ways to compute a step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import families
+import pytest
+import torch
+from generating import GREEDY, NEW, SAMPLED, asked, both, logits_of, made
+from torch import Tensor
+
+from grace.generation import Generator
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+]
+
+
+def on_gpu(inputs: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {
+        name: value.to("cuda", dtype if value.is_floating_point() else None)
+        for name, value in inputs.items()
+    }
+
+
+@pytest.mark.parametrize("kind", families.FAMILIES)
+def test_captured_steps_say_the_same(kind: str) -> None:
+    model: Any = made(kind).cuda()
+    inputs = on_gpu(asked(kind), torch.float32)
+    generator = Generator(model)
+    for arguments in (GREEDY, SAMPLED, GREEDY):
+        arguments = {**arguments, "disable_compile": True}
+        theirs, ours = both(model, generator, inputs, **arguments)
+        assert torch.equal(theirs, ours), arguments
+        end = int(ours[0, -5])
+        theirs, ours = both(model, generator, inputs, eos_token_id=end, **arguments)
+        assert torch.equal(theirs, ours), arguments
+    (steps,) = generator._sizes.values()
+    assert sorted(steps._graphs) == [False, True]
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen2_vl", "qwen3_vl"])
+def test_a_replay_is_the_step_bit_for_bit(kind: str) -> None:
+    model: Any = made(kind, packed=True).bfloat16().cuda()
+    inputs = on_gpu(asked(kind), torch.bfloat16)
+    captured = logits_of(Generator(model).generate, inputs)
+    eager = logits_of(Generator(model, capture=False).generate, inputs)
+    assert torch.equal(captured, eager)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"attention": "grouped"},
+        {"attention": "flex"},
+        {"attention": "flash"},
+        {"compile": True},
+        {"compile": True, "attention": "grouped"},
+        {"compile": True, "attention": "flex"},
+        {"compile": True, "attention": "flash"},
+        {"layers": "torch"},
+        {"layers": "liger"},
+    ],
+    ids=lambda options: "-".join(f"{key}={value}" for key, value in options.items()),
+)
+@pytest.mark.parametrize("kind", ["llava", "qwen3_vl"])
+def test_other_ways_to_compute_a_step(kind: str, options: dict[str, Any]) -> None:
+    if options.get("layers") == "liger":
+        pytest.importorskip("liger_kernel")
+    text = {"hidden_size": 128, "num_key_value_heads": 4 if kind == "llava" else 2}
+    text |= {"head_dim": 32} if kind == "qwen3_vl" else {}
+    if kind == "qwen3_vl":
+        text["rope_parameters"] = {**families._ROPE, "mrope_section": [8, 4, 4]}
+    model: Any = made(kind, packed=True, **text).bfloat16().cuda()
+    inputs = on_gpu(asked(kind), torch.bfloat16)
+    usual = logits_of(Generator(model).generate, inputs)
+    ours = logits_of(Generator(model, **options).generate, inputs)
+    noise = (usual - logits_of(model.generate, inputs)).abs().max()
+    assert (ours - usual).abs().max() <= 4 * noise + 0.02 * usual.abs().max()
+
+
+def test_memory_is_that_of_the_largest_batch() -> None:
+    model: Any = made("llava", packed=True).bfloat16().cuda()
+    inputs = on_gpu(asked("llava"), torch.bfloat16)
+    generator = Generator(model)
+    for _ in range(3):
+        generator.generate(**inputs, max_new_tokens=NEW, **GREEDY)
+    before = torch.cuda.memory_allocated()
+    for _ in range(5):
+        generator.generate(**inputs, max_new_tokens=NEW, **GREEDY)
+    assert torch.cuda.memory_allocated() == before

@@ -1,0 +1,157 @@
+"""Drawn pools: what splits share, how drawing goes on, what a batch holds."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from grace.evaluation.drawn.models import make_processor
+from grace.evaluation.drawn.topics import SUBTASKS
+from grace.evaluation.packed_questions import block_mask, tokenize
+from grace.study import pool
+from grace.study.config import StudyConfig
+from grace.study.training import DrawnQuestions, as_inputs
+
+CONFIG = StudyConfig(
+    benchmark="drawn",
+    pixels=56,
+    train_images=45,
+    heldout_images=4,
+    validation_images=4,
+    levels=("easy", "hard"),
+)
+
+
+@pytest.fixture(scope="module")
+def pools(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("pools")
+    for split in ("train", "validation", "heldout"):
+        pool.draw_pool(root / split, pool.spec_of(CONFIG, split))
+    return root
+
+
+def _digests(folder: Path) -> set[str]:
+    pixels = pool.Pool(folder).pixels
+    return {hashlib.sha256(picture.tobytes()).hexdigest() for picture in pixels}
+
+
+def test_splits_share_no_image_and_no_question(pools: Path) -> None:
+    train, validation, heldout = (_digests(pools / s) for s in ("train", "validation", "heldout"))
+    assert (len(train), len(validation), len(heldout)) == (45, 72, 72)
+    assert not train & validation
+    assert not train & heldout
+    assert not validation & heldout
+    asked = {
+        split: {fact["question"] for fact in pool.Pool(pools / split).facts if _names_a_fact(fact)}
+        for split in ("validation", "heldout")
+    }
+    assert min(map(len, asked.values())) > 40
+    assert not asked["validation"] & asked["heldout"]
+
+
+def _names_a_fact(fact: dict[str, Any]) -> bool:
+    """Questions that name the composition they are about; of sums and programs, which are held out
+    by their text, a question names the result."""
+    return fact["subtask"] not in ("numerical_calculation", "code_reasoning")
+
+
+def test_a_scored_pool_is_made_of_twins(pools: Path) -> None:
+    facts = pool.Pool(pools / "heldout").facts
+    assert len(facts) == 2 * 9 * 2 * 4
+    assert [fact["image"] for fact in facts] == [index // 2 for index in range(len(facts))]
+    assert {(f["subtask"], f["level"]) for f in facts} == {
+        (subtask, level) for subtask in SUBTASKS for level in ("easy", "hard")
+    }
+    for start in range(0, len(facts), 4):
+        one, other = facts[start : start + 2], facts[start + 2 : start + 4]
+        answers = {fact["question"]: fact["answer"] for fact in one}
+        assert sorted(answers.values()) == ["No", "Yes"]
+        opposite = {"Yes": "No", "No": "Yes"}
+        assert {f["question"]: opposite[f["answer"]] for f in other} == answers
+
+
+def test_drawing_goes_on_where_it_stopped(
+    pools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "_PART", 16)
+    spec = pool.spec_of(CONFIG, "train")
+    real, drawn = pool._draw_part, list[int]()
+    monkeypatch.setattr(pool, "_draw_part", _until(real, 32))
+    with pytest.raises(KeyboardInterrupt):
+        pool.draw_pool(tmp_path / "p", spec)
+    with pytest.raises(ValueError, match=r"must be drawn, got no pool.json"):
+        pool.Pool(tmp_path / "p")
+    done: list[int] = []
+    monkeypatch.setattr(pool, "_draw_part", _noting(real, drawn))
+    pool.draw_pool(tmp_path / "p", spec, advance=done.append)
+    assert drawn == [32]
+    assert sum(done) == 45
+    whole, again = pool.Pool(pools / "train"), pool.Pool(tmp_path / "p")
+    assert np.array_equal(whole.pixels, again.pixels)
+    for one, other in zip(whole.rows(), again.rows(), strict=True):
+        assert torch.equal(one, other)
+
+
+def _until(real, last: int):
+    def draw(folder: Path, spec: dict, start: int) -> None:
+        if start == last:
+            raise KeyboardInterrupt
+        real(folder, spec, start)
+
+    return draw
+
+
+def _noting(real, drawn: list[int]):
+    def draw(folder: Path, spec: dict, start: int) -> None:
+        drawn.append(start)
+        real(folder, spec, start)
+
+    return draw
+
+
+def test_another_pool_in_the_folder_is_named(pools: Path) -> None:
+    other = pool.spec_of(replace(CONFIG, seed=1), "train")
+    with pytest.raises(ValueError, match=r"must be drawn with seed 1, got 0"):
+        pool.draw_pool(pools / "train", other)
+
+
+def test_a_batch_holds_pictures_and_their_questions(pools: Path) -> None:
+    processor = make_processor(56)
+    data = DrawnQuestions(pools / "train", processor)
+    assert len(data) == 45
+    batch = data.collate([7, 3])
+    assert batch["pixel_values"].dtype == torch.uint8
+    assert np.array_equal(batch["pixel_values"][0].numpy(), data.pool.pixels[7])
+    ids, labels, blocks = batch["input_ids"], batch["labels"], batch["blocks"]
+    assert ids.shape[1] % 16 == 0
+    assert (ids == processor.tokenizer.convert_tokens_to_ids("<image>")).sum() == 2 * 16
+    # Three questions of the benchmark, three further ones and a description.
+    assert blocks.amax(1).tolist() == [7, 7]
+    assert ((blocks < 0) == (ids == 0)).all()
+    said = processor.tokenizer.decode(ids[0][(labels[0] != -100)])
+    assert "Yes </s>" in said or "Yes</s>" in said
+    inputs = as_inputs(batch)
+    assert torch.equal(inputs["attention_mask"], block_mask(blocks))
+    pixels = inputs["pixel_values"]
+    expected = processor.image_processor(images=[data.pool.picture(7)], return_tensors="pt")
+    torch.testing.assert_close(pixels[:1], expected["pixel_values"], rtol=0, atol=1e-6)
+
+
+def test_tokens_are_those_of_the_processor(pools: Path) -> None:
+    processor = make_processor(56)
+    assert pool.image_tokens(56) == 16
+    chat = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Is it red?"}]}
+    ]
+    text = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    whole = processor(images=[pool.Pool(pools / "train").picture(0)], text=[text])["input_ids"][0]
+    begin, rest, labels = tokenize(processor, "Is it red?", "Yes", 16)
+    assert begin == pool.prefix(processor, 56)
+    answer = [label for label in labels if label != -100]
+    assert [*begin, *rest][: -len(answer)] == list(whole)

@@ -1,0 +1,130 @@
+"""What a study's arms are, and how their learning rates are found."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grace.study import worker
+from grace.study.arms import METHODS, Arm, arms_of
+from grace.study.config import StudyConfig, SweepConfig
+from grace.study.models import load, processor_of
+from grace.study.run import run_study
+from grace.study.sweeping import choose, sweep_tasks, told
+from grace.study.task import Task
+
+
+def _task(config: StudyConfig, root: Path, arm: Arm, **options: Any) -> Task:
+    return Task(arm, 0, config, root, **options)
+
+
+def test_arms_are_what_they_are_called(config: StudyConfig, tmp_path: Path) -> None:
+    every = replace(config, arms=tuple(METHODS), tuned={"grace": {"beta_init": 0.5}})
+    made = {
+        arm.name: worker.training_config(_task(every, tmp_path, arm))
+        for arm in arms_of(every)
+        if arm.trained
+    }
+    grace = made["grace-4"]
+    assert (grace.distillation, grace.gate, grace.adaptive_beta) == ("gdkd", True, True)
+    assert (grace.omega, grace.group_size, grace.beta_init) == (1.0, 16, 0.5)
+    changed = {
+        "grace-no-gate-4": {"gate"},
+        "grace-no-rcka-4": {"omega"},
+        "grace-fixed-beta-4": {"adaptive_beta"},
+        "grace-per-channel-4": {"group_size"},
+        "distil": {"quantization"},
+    }
+    for name, fields in changed.items():
+        own, base = made[name].to_dict(), grace.to_dict()
+        differ = {key for key in base if own[key] != base[key]}
+        assert differ - {"output_dir", "logging_dir", "run_name"} == fields, name
+    assert made["grace-no-gate-4"].gate is False
+    assert made["grace-no-rcka-4"].omega == 0
+    assert made["grace-per-channel-4"].group_size == -1
+    assert made["qat-4"].distillation == made["control"].distillation == "none"
+    assert not made["qat-4"].needs_teacher
+    same = ("max_steps", "per_device_train_batch_size", "seed", "warmup_steps", "weight_decay")
+    for name in same:
+        assert len({getattr(options, name) for options in made.values()}) == 1, name
+
+
+def test_calibrated_arms_ask_for_grace_ptq_on_training_images(
+    done: Path, config: StudyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from types import ModuleType
+
+    asked: dict[str, Any] = {}
+    module: Any = ModuleType("grace.ptq")
+    module.quantize = lambda model, **options: asked.update(options)
+    task = _task(replace(config, calibration_images=6), done, Arm("awq", 4))
+    model = load(task.model_dir("student"))
+    monkeypatch.setitem(sys.modules, "grace.ptq", None)
+    with pytest.raises(ValueError, match=r"must not have awq in this grace, .* no grace\.ptq"):
+        worker._make(task, model)
+    monkeypatch.setitem(sys.modules, "grace.ptq", module)
+    assert worker._make(task, model) == 0
+    batches = asked.pop("batches")
+    assert asked == {"method": "awq", "bits": 4, "group_size": 16, "progress": False}
+    assert sum(len(batch["input_ids"]) for batch in batches) == 6
+    for batch in batches:
+        assert (batch["input_ids"] != 0).all()  # no padding to be calibrated on
+        assert batch["attention_mask"].shape[-1] == batch["input_ids"].shape[1]
+        assert model(**batch).logits.isfinite().all()
+
+
+def test_the_sweep_takes_the_best_rate_of_the_validation_split(
+    config: StudyConfig, tmp_path: Path
+) -> None:
+    every = replace(
+        config,
+        arms=("student", "control", "distil", "rtn", "qat", "grace", "grace-no-gate"),
+        sweep=SweepConfig(learning_rates=(1e-4, 1e-3, 1e-2)),
+        bits=(4, 2),
+    )
+    tasks = sweep_tasks(every, tmp_path, "cpu", None)
+    assert len(tasks) == 4 * 3  # control, distil, qat, grace: as many candidates for each
+    assert {task.split for task in tasks} == {"validation"}
+    assert {task.arm.bits for task in tasks if task.arm.quantized} == {4}
+    assert [worker.training_config(t).learning_rate for t in tasks[:3]] == [1e-4, 1e-3, 1e-2]
+    totals = [1, 3, 2, 5, 5, 5, 1, 2, 3, 9, 8, 7]
+    results = [
+        {"score": {"total": total, "questions": 36}, "arm": task.arm.name}
+        for total, task in zip(totals, tasks, strict=True)
+    ]
+    found = choose(every, results)
+    assert [entry["chosen"] for entry in found.values()] == [1e-3, 1e-4, 1e-2, 1e-4]
+    assert [entry["at_edge"] for entry in found.values()] == [False, True, True, True]
+    (tmp_path / "sweep.json").write_text(json.dumps(found))
+    rates = {
+        arm.name: worker.training_config(_task(every, tmp_path, arm)).learning_rate
+        for arm in arms_of(every)
+        if arm.trained
+    }
+    assert rates["qat-4"] == rates["qat-2"] == 1e-2
+    assert rates["grace-2"] == rates["grace-no-gate-4"] == 1e-4
+    assert (rates["control"], rates["distil"]) == (1e-3, 1e-4)
+    assert any("grace-no-gate take the learning rate of grace" in line for line in told(every))
+
+
+def test_a_sweep_runs_before_the_arms(done: Path, config: StudyConfig, tmp_path: Path) -> None:
+    swept = replace(config, arms=("student", "qat"), ptq_from=("student",), save_steps=0)
+    swept = replace(swept, sweep=SweepConfig(learning_rates=(1e-3, 1e-2)))
+    (tmp_path / "data").mkdir()
+    for split in ("train", "heldout"):
+        (tmp_path / "data" / split).symlink_to(done / "data" / split)
+    (tmp_path / "models").symlink_to(done / "models")
+    study = run_study(swept, tmp_path)
+    assert study["sweep"].keys() == {"qat"}
+    arm = study["arms"][-1]
+    assert arm["learning_rate"] == study["sweep"]["qat"]["chosen"]
+    tried = json.loads(next(tmp_path.glob("sweep/*lr0.01/result.json")).read_text())
+    assert (tried["split"], tried["deployed"]) == ("validation", False)
+    folder = tmp_path / "data" / "validation"
+    assert json.loads((folder / "pool.json").read_text())["split"] == "validation"
+    assert processor_of(tmp_path / "models" / "student").tokenizer.pad_token_id == 0
