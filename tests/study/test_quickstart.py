@@ -19,7 +19,7 @@ ARMS = [
     *("rtn-2", "qat-2", "kd-2", "grace-2"),
 ]
 
-CHARTS = ("scores", "subtasks", "bits", "sizes", "beta")
+CHARTS = ("scores", "subtasks", "bits", "sizes", "beta", "cka")
 
 
 def _quickstart(out: Path, models: Path, *options: str) -> int:
@@ -86,7 +86,9 @@ def test_trained_arms_leave_curves(study: dict[str, Any], run: Path) -> None:
 def test_the_report_stands_alone(run: Path) -> None:
     html = (run / "report.html").read_text()
     sources = re.findall(r'(?:src|href)="([^"]*)"', html)
-    assert len(sources) == len(CHARTS) + 2  # the curves, and the example
+    study = read_study(run)
+    examples = study.get("examples") or [study["example"]]
+    assert len(sources) == len(CHARTS) + 1 + len(examples)  # and the curves
     assert all(source.startswith("data:image/png;base64,") for source in sources)
     assert not re.search(r"https?://|url\(|@import|<script|<link", html)
     for text in ("GRACE", "agree with the fake-quantized", "48 held-out questions", "1 seed"):
@@ -94,7 +96,8 @@ def test_the_report_stands_alone(run: Path) -> None:
 
 
 def test_every_figure_comes_from_study_json_alone(run: Path, tmp_path: Path) -> None:
-    (tmp_path / "study.json").write_bytes((run / "study.json").read_bytes())
+    for name in ("study.json", "questions.npz"):
+        (tmp_path / name).write_bytes((run / name).read_bytes())
     files = write_report(tmp_path)
     charts = {f"{name}.png" for name in (*CHARTS, "curves")}
     assert {file.name for file in files} == {"report.md", "report.html", *charts}
