@@ -67,7 +67,8 @@ def run_one(
     print(f"\n{benchmark.name} (µs, medians)\n{results.table({'rows': done})}")
     print(findings(done))
     if keep:
-        print(results.write(benchmark.name, device, ceiling, done))
+        kept = results.with_other_sizes(benchmark.name, device, done) if chosen.sizes else done
+        print(results.write(benchmark.name, device, ceiling, kept))
     return done
 
 
@@ -92,7 +93,8 @@ def main(
         str, typer.Option(help="Sides to run beside grace, as bf16,marlin; all by default.")
     ] = "",
     where: Annotated[
-        list[str] | None, typer.Option(help="Only these sizes: --where M=1,16 --where N=4096.")
+        list[str] | None,
+        typer.Option(help="Only these sizes: --where M=1,16 --where N=4096; others' results stay."),
     ] = None,
 ) -> None:
     """Times every op against its peers on this machine; exit code 1 if our result is wrong."""

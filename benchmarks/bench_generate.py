@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -143,7 +144,8 @@ def _rows_of_side(
         try:
             generate = generate or side.make(model)
             inputs = generation.inputs_for(model, name, batch)
-            yield row | measured(generate, model, inputs, plan, side.warm_up)
+            cell = profiled if plan.profile else measured
+            yield row | cell(generate, model, inputs, plan, side.warm_up)
         except Exception as error:  # noqa: BLE001 (no side takes the others' time on the GPU)
             yield row | {"absent": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
     if side.compiled:  # its programs and their graphs would keep memory
@@ -177,8 +179,6 @@ def measured(
         "weights_mib": generation.weights_mib(model),
         **_peak(model.device),
     }
-    if plan.profile and (kernels := _kernels(generate, inputs)):
-        row["kernels"] = kernels
     return row
 
 
@@ -199,19 +199,24 @@ def _timer(
     return sample
 
 
-def _kernels(generate: Generate, inputs: dict[str, Tensor]) -> list[dict[str, Any]]:
-    """What a captured decode step launches; empty for sides that capture none."""
+def profiled(
+    generate: Generate, model: Any, inputs: dict[str, Tensor], plan: Plan, warm_up: int
+) -> dict[str, Any]:
+    """What each kernel of a decode step takes, alone and not in a graph, where kernels that are
+    launched early count their waiting; nothing for sides without static steps."""
     owner = getattr(generate, "__self__", None)
-    sizes = list(getattr(owner, "_sizes", {}).values())
-    steps = max(sizes, key=lambda held: held.cache.length, default=None)
-    if steps is None or not inputs["input_ids"].is_cuda:
-        return []
+    if not hasattr(owner, "capture"):
+        return {}
+    owner.capture = False
+    generate(**inputs, do_sample=False, max_new_tokens=plan.new_tokens)
+    steps = max(owner._sizes.values(), key=lambda held: held.cache.length)
 
     def side(_: int) -> None:
         steps.cache.position.fill_(inputs["input_ids"].shape[1])
         steps.run(True)
 
-    return profile_kernels.kernels_of(side, 1)
+    with torch.no_grad():
+        return {"kernels": profile_kernels.kernels_of(side, 1)}
 
 
 # --- device --------------------------------------------------------------------------------------
@@ -265,8 +270,13 @@ def earlier(device: torch.device) -> list[dict[str, Any]]:
 
 
 def merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """All rows, new ones in the places of old ones of the same size and side."""
-    rows = {json.dumps([row["size"], row["side"]]): row for row in [*old, *new]}
+    """All rows, new ones in the places of old ones of the same size and side, kernels beside
+    times."""
+    rows: dict[str, dict[str, Any]] = {}
+    for row in [*old, *new]:
+        key = json.dumps([row["size"], row["side"]])
+        beside = {**rows.get(key, {}), **row} if "kernels" in row else row
+        rows[key] = beside
     return list(rows.values())
 
 
@@ -276,6 +286,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         size = row["size"]
         title = f"{size['model']} b{size['batch']:<3} {row['side']:<30}"
+        if "kernels" in row:
+            together = sum(kernel["us_a_call"] for kernel in row["kernels"])
+            lines.append(f"{title} kernels {together:8.0f} µs together")
+            continue
         if "absent" in row:
             lines.append(f"{title} absent: {row['absent']}")
             continue
@@ -295,7 +309,7 @@ def main(
     sides: Annotated[str, typer.Option(help="As 'bf16,grace,grace compiled'.")] = "",
     new_tokens: Annotated[int, typer.Option(min=2, help="Length of an answer.")] = 128,
     repeats: Annotated[int, typer.Option(min=1, help="Samples a cell, behind two.")] = 3,
-    profile: Annotated[bool, typer.Option(help="Kernels of captured steps, too.")] = False,
+    profile: Annotated[bool, typer.Option(help="Kernels of a step instead of times.")] = False,
     device: Annotated[str, typer.Option(help="cuda or cpu; cuda where there is one.")] = "",
     tiny: Annotated[bool, typer.Option("--tiny", help="Tiny models, 8 tokens: a trial.")] = False,
     keep: Annotated[bool, typer.Option(help="Write benchmarks/results.")] = True,
@@ -307,7 +321,17 @@ def main(
     rows = [int(batch) for batch in batches.split(",")]
     chosen = _names(models, tuple(generation.PROMPTS), "model")
     plan = Plan(chosen, rows, _names(sides, SIDES, "side"), new_tokens, repeats, profile)
+    if profile:
+        if on.type != "cuda":
+            raise typer.BadParameter(f"--profile must be on a GPU, got {on}")
+        profile_kernels.launch_one_by_one("benchmarks.bench_generate", _arguments())
     run(plan, on, keep)
+
+
+def _arguments() -> list[str]:
+    """Of the command line, whichever program was called by it."""
+    given = sys.argv[1:]
+    return given[given.index(NAME) + 1 :] if NAME in given else given
 
 
 def run(plan: Plan, device: torch.device, keep: bool) -> list[dict[str, Any]]:
@@ -315,6 +339,8 @@ def run(plan: Plan, device: torch.device, keep: bool) -> list[dict[str, Any]]:
     ceiling: Ceiling = measure_ceiling(device)
     done = earlier(device) if keep else []
     for row in rows_of(plan, device):
+        if plan.profile and not {"kernels", "absent"} & set(row):
+            continue
         if "weights_mib" in row:
             read = generation.read_mib(row["weights_mib"]) * 2**20
             row["floor_ms"] = round(1000 * read / ceiling.bytes_per_second, 4)

@@ -32,7 +32,7 @@ from benchmarks.training_step import (
     replace_layers,
     with_own_layers,
 )
-from grace.nn.quantize_ahead import release
+from grace.nn.quantize_ahead import release, size_made
 from grace.training import GraceConfig, GraceTrainer
 from grace.training.memory_plan import Load, activations
 from grace.training.model_sizes import ModelSize, empty_model, size_of
@@ -67,6 +67,8 @@ class Step:
         for name, parameter in self.student.named_parameters():
             if not name.endswith("log_scale"):  # the trainer holds fp32; no buffer may change
                 parameter.data = parameter.data.to(masters)
+        layers = self.trainer.adapter.layers
+        self.trainer.holds_quantized = config.holds_quantized(size_made(layers, config.loss_dtype))
         replace_layers(theirs, self.student)
         for model in (self.student, self.plain, theirs):
             model.train()

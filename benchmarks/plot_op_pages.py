@@ -47,11 +47,12 @@ class Point:
     eager_calls: Mapping[str, float] = field(default_factory=dict)  # µs
     memory: Mapping[str, float] = field(default_factory=dict)  # MiB
     not_captured: frozenset[str] = frozenset()  # sides whose time is by eager calls anyway
+    since: str = ""  # the commit, where it is not that of the rest
 
     @property
     def title(self) -> str:
         """The size in words."""
-        return " ".join(f"{key}={value}" for key, value in self.size.items())
+        return " ".join(f"{key}={value}" for key, value in self.size.items()) + self.since
 
 
 def points(content: Mapping[str, Any]) -> list[Point]:
@@ -69,7 +70,7 @@ def _point(size: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Point:
 
     eager = frozenset(row["side"] for row in rows if row.get("timed_by") == "eager calls")
     columns = [by_side(key) for key in ("us", "us_eager_calls", "peak_mib")]
-    return Point(size, rows[0]["floor_us"], *columns, eager)
+    return Point(size, rows[0]["floor_us"], *columns, eager, results.since(rows[0]))
 
 
 def sides(every: Sequence[Point]) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from benchmarks.pages import DOCS, Chart, gpu_results, heading, update
 from benchmarks.plot_dequant_gemm import absences, markdown
+from benchmarks.results import since
 
 PAGE = DOCS / "training_step.md"
 COMMAND = "python -m benchmarks.plot_training_step"
@@ -40,7 +41,7 @@ def steps(content: Mapping[str, Any]) -> dict[str, dict[str, Row]]:
     found: dict[str, dict[str, Row]] = {}
     for row in content["rows"]:
         if "us" in row:
-            found.setdefault(title(row["size"]), {})[row["side"]] = row
+            found.setdefault(title(row["size"]) + since(row), {})[row["side"]] = row
     return found
 
 
@@ -107,6 +108,12 @@ def scaling_table(content: Mapping[str, Any]) -> str:
     return markdown(header, lines)
 
 
+def spent(row: Row) -> dict[str, float]:
+    """Milliseconds of a step by kernel; idle is what kernels leave of the step's time."""
+    kernels = {part: ms for part, ms in row["breakdown_ms"].items() if part != "idle"}
+    return kernels | {"idle": round(max(0.0, row["us"] / 1e3 - sum(kernels.values())), 3)}
+
+
 def draw(found: Mapping[str, Mapping[str, Row]]) -> Any:
     """A Figure: under each step a bar a side, cut by what its time goes to."""
     from matplotlib.figure import Figure
@@ -116,7 +123,7 @@ def draw(found: Mapping[str, Mapping[str, Row]]) -> Any:
     axes = figure.subplots()
     for y, (name, side) in enumerate(bars):
         if side:
-            _bar(axes, y, found[name][side]["breakdown_ms"])
+            _bar(axes, y, spent(found[name][side]))
         else:
             axes.text(0, y + 0.1, name, fontsize=8, fontweight="bold", va="center")
     axes.set_yticks(range(len(bars)), [side for _, side in bars], fontsize=7)

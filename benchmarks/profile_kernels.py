@@ -13,7 +13,7 @@ import os
 import re
 import statistics
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any
 
 import torch
@@ -84,16 +84,18 @@ def profiled(name: str, device: torch.device) -> Iterable[dict[str, Any]]:
         torch.cuda.empty_cache()
 
 
+def launch_one_by_one(module: str, arguments: Sequence[str]) -> None:
+    """Starts a program anew, unless its kernels are launched one by one already."""
+    if torch.cuda.is_available() and os.environ.get(_BLOCKING) != "1":
+        command = [sys.executable, "-m", module, *arguments]
+        os.execve(sys.executable, command, {**os.environ, _BLOCKING: "1"})  # read as CUDA starts
+
+
 def main(names: Annotated[list[str], typer.Argument(help="Benchmarks, as cka gated_dkd.")]) -> None:
     """Profiles grace's side of benchmarks on this GPU."""
     if not torch.cuda.is_available():
         raise typer.BadParameter("device must be a GPU, got none")
-    if os.environ.get(_BLOCKING) != "1":  # read when CUDA starts, which it has by now
-        os.execve(
-            sys.executable,
-            [sys.executable, "-m", "benchmarks.profile_kernels", *names],
-            {**os.environ, _BLOCKING: "1"},
-        )
+    launch_one_by_one("benchmarks.profile_kernels", names)
     device = torch.device("cuda")
     for name in names:
         rows = list(profiled(name, device))

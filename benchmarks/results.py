@@ -6,7 +6,9 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -90,6 +92,23 @@ def write(name: str, device: torch.device, ceiling: Ceiling, rows: list[dict]) -
     write_whole(path, json.dumps(content, indent=1) + "\n")
     _partial(path).unlink(missing_ok=True)
     return path
+
+
+def with_other_sizes(name: str, device: torch.device, rows: list[dict]) -> list[dict]:
+    """The rows, and behind them those that the committed result has of other sizes, each with the
+    ``commit`` that it was measured at."""
+    path = _path(name, device)
+    if not path.exists():
+        return rows
+    content = json.loads(path.read_text())
+    measured, before = [row["size"] for row in rows], content["environment"]["commit"]
+    others = [row for row in content["rows"] if row["size"] not in measured]
+    return rows + [{"commit": before, **row} for row in others]
+
+
+def since(row: Mapping[str, Any]) -> str:
+    """Behind the name of a size that was measured at another commit than the rest."""
+    return f" (commit {row['commit'][:7]})" if "commit" in row else ""
 
 
 def write_partial(name: str, device: torch.device, ceiling: Ceiling, rows: list[dict]) -> Path:

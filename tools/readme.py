@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import plot_dequant_gemm  # noqa: E402
+from benchmarks.results import since  # noqa: E402
 from benchmarks.results import table as benchmark_table  # noqa: E402
 from grace.study.report import footnotes, read_study, table  # noqa: E402
 
@@ -105,7 +106,7 @@ def training_results(contents: list[dict]) -> str:
     for content in contents:
         sides: dict[str, dict[str, dict]] = {}
         for row in content["rows"]:
-            size = " ".join(f"{key}={value}" for key, value in row["size"].items())
+            size = " ".join(f"{key}={value}" for key, value in row["size"].items()) + since(row)
             sides.setdefault(size, {})[row["side"]] = row
         for size, rows in sides.items():
             lines.append([f"`{content['benchmark']}`", size, *training_line(rows)])

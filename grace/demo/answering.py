@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from transformers import TextIteratorStreamer
 
+from grace.generation import Generator
 from grace.nn import FusedLinear, PackedLinear
 
 _SHOWN = 0.05  # seconds between two states of an answer that are shown
@@ -18,11 +19,13 @@ _SHOWN = 0.05  # seconds between two states of an answer that are shown
 
 @dataclass(frozen=True)
 class Side:
-    """A model of the page: its name, itself, its processor, and the bytes of its weights."""
+    """A model of the page: its name, itself, its processor, what makes its tokens, and the bytes of
+    its weights."""
 
     name: str
     model: Any
     processor: Any
+    generator: Generator
     bytes: int
 
     @property
@@ -40,7 +43,7 @@ class Answer:
     Attributes:
         text: all of it.
         tokens: how many tokens it took.
-        first: seconds from the call of ``generate`` to the first token, None before it.
+        first: seconds from the call to the first token, None before it.
         rate: tokens a second after the first; None below two tokens.
         peak: bytes of GPU memory that answering took above the weights; None on a CPU.
         done: whether that is all.
@@ -56,7 +59,7 @@ class Answer:
 
 def make_side(name: str, model: Any, processor: Any) -> Side:
     """A model with what the page tells of it."""
-    return Side(name, model, processor, weight_bytes(model))
+    return Side(name, model, processor, Generator(model), weight_bytes(model))
 
 
 def weight_bytes(model: Any) -> int:
@@ -66,12 +69,6 @@ def weight_bytes(model: Any) -> int:
         storage = tensor.untyped_storage()
         storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
-
-
-def generator(model: Any) -> Callable[..., Any]:
-    """What makes tokens: called as ``generate(**inputs, streamer=…, max_new_tokens=…)``."""
-    generate: Callable[..., Any] = model.generate
-    return generate
 
 
 def make_inputs(side: Side, image: Any, question: str, max_new_tokens: int) -> dict[str, Any]:
@@ -166,13 +163,13 @@ def answer(side: Side, image: Any, question: str, max_new_tokens: int = 128) -> 
     clock = _Clock()
     streamer = _Streamer(side.processor.tokenizer, clock)
     failed: list[BaseException] = []
-    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "streamer": streamer}
-    before = _reset_peak(side.model)
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
+    before = _reset_peak(side.model) - side.generator.cache_bytes
 
     def work() -> None:
         try:
             with torch.inference_mode():
-                generator(side.model)(**inputs, **options)
+                side.generator.generate(**inputs, **options, streamer=streamer)
         except _Stopped:
             pass
         except BaseException as error:  # noqa: BLE001 (raised again where it is read)

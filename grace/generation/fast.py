@@ -192,7 +192,7 @@ def flash_attention(
     kv_heads, keys = key.shape[1:3]
     sequences = rows * kv_heads
     each, starts, counts = _lengths(attention_mask, kv_heads)
-    # The op itself: torch 2.11's varlen_attn does not hand on seqused_k.
+    # The op itself: torch's varlen_attn need not hand on seqused_k.
     out = torch.ops.aten._flash_attention_forward(
         query.reshape(sequences, heads // kv_heads, dim),
         key.reshape(sequences * keys, 1, dim),
@@ -241,7 +241,8 @@ def sequence_lengths(mask: Tensor, kv_heads: int) -> _Lengths:
     each = torch.arange(rows * kv_heads + 1, dtype=torch.int32, device=mask.device)
     begins = first[:, None].expand(spread).reshape(-1)
     starts = each * keys + torch.cat([begins, begins.new_zeros(1)])
-    return each, starts, counts[:, None].expand(spread).reshape(-1)
+    # The op wants them one after another in memory; of one row, reshape gives a view.
+    return each, starts, counts[:, None].expand(spread).reshape(-1).contiguous()
 
 
 def _flash_takes_lengths() -> bool:

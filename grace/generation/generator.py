@@ -185,6 +185,11 @@ class Generator:
         self._sizes.move_to_end(size)
         return self._sizes[size]
 
+    @property
+    def cache_bytes(self) -> int:
+        """Memory of keys and values that is held between calls."""
+        return self._storage.bytes
+
     def graph_pool(self) -> Any:
         """The memory that all graphs share: no two of them run at once."""
         if self._pool is None:

@@ -11,7 +11,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from benchmarks import bench_generate, generation, plot_generate, results
+from benchmarks import bench_generate, generation, plot_generate, profile_kernels, results
 from benchmarks.__main__ import available, load, start
 from benchmarks.bench_generate import SIDES, Plan, merged, rows_of
 from benchmarks.harness import Ceiling
@@ -41,6 +41,24 @@ def test_every_side_that_a_cpu_has_is_measured() -> None:
     assert weights["grace"]["layers"] < 0.3 * weights["bf16"]["layers"]
     assert weights["bf16"]["head"] == 0 < weights["grace W8 head"]["head"]  # tied, then its own
     assert weights["grace"]["vision"] == weights["bf16"]["vision"] > 0
+
+
+def test_a_profile_is_of_a_step_that_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def kernels_of(side: Any, sets: int) -> list[dict[str, Any]]:
+        side(0)
+        return [{"kernel": "k", "launches": 1.0, "us": 2.0, "us_a_call": 2.0}]
+
+    monkeypatch.setattr(profile_kernels, "kernels_of", kernels_of)
+    sides = ["bf16", "bf16 graph", "grace"]
+    rows = list(rows_of(plan(batches=[1], sides=sides, profile=True), CPU))
+    assert [row["side"] for row in rows if "kernels" in row] == sides[1:]
+    assert "kernels 2 µs" in " ".join(bench_generate.table(rows[1:]).split())
+    timed = {**rows[1], "ms_per_token": 1.0}
+    del timed["kernels"]
+    (both,) = merged([timed], [rows[1]])
+    assert both["ms_per_token"] == 1.0
+    assert both["kernels"] == rows[1]["kernels"]
+    assert merged([both], [timed]) == [timed]
 
 
 def test_models_are_packed_in_place_and_say_as_much() -> None:

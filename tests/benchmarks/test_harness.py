@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from benchmarks import harness
+from benchmarks import harness, results
 from benchmarks.distillation import peer
 from benchmarks.harness import Absent, Benchmark, Case, Ceiling, by_eager_calls, run
 
@@ -68,3 +70,22 @@ def test_a_peers_error_is_an_absence():
         peer(fails)(0)
     with pytest.raises(torch.OutOfMemoryError):
         peer(no_memory)(0)
+
+
+def test_results_of_other_sizes_stay_with_their_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    device, ceiling = torch.device("cpu"), harness.Ceiling(1e9, 1e12)
+    monkeypatch.setenv("GRACE_COMMIT", "a" * 40)
+    first = [{"size": {"n": n}, "side": "grace", "us": 1.0} for n in (1, 2)]
+    results.write("op", device, ceiling, first)
+    monkeypatch.setenv("GRACE_COMMIT", "b" * 40)
+    again = [{"size": {"n": 2}, "side": "grace", "us": 3.0}]
+    rows = results.with_other_sizes("op", device, again)
+    assert rows == [again[0], {"commit": "a" * 40, **first[0]}]
+    assert [results.since(row) for row in rows] == ["", " (commit aaaaaaa)"]
+    results.write("op", device, ceiling, rows)
+    third = results.with_other_sizes("op", device, [{"size": {"n": 3}}])
+    assert [row.get("commit", "")[:1] for row in third] == ["", "b", "a"]
+    assert results.with_other_sizes("new", device, again) == again

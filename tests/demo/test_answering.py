@@ -58,13 +58,13 @@ def test_figures_are_of_the_tokens_and_not_of_the_text(
     """First token three seconds after the call; then one in two seconds; the end is a token."""
     yes = sides[0].processor.tokenizer.convert_tokens_to_ids(["Yes", "No", "</s>"])
     slow = Slow(monkeypatch, yes)
-    monkeypatch.setattr(answering, "generator", lambda model: slow)
+    monkeypatch.setattr(sides[0].generator, "generate", slow)
     last = list(answer(sides[0], opened(rows[0]), rows[0].question, 8))[-1]
     assert last == Answer("Yes No", 3, first=3.0, rate=0.5, peak=None, done=True)
     assert slow.options["max_new_tokens"] == 8
     assert slow.options["do_sample"] is False
     one = Slow(monkeypatch, yes[:1])
-    monkeypatch.setattr(answering, "generator", lambda model: one)
+    monkeypatch.setattr(sides[0].generator, "generate", one)
     last = list(answer(sides[0], opened(rows[0]), rows[0].question, 8))[-1]
     assert (last.tokens, last.first, last.rate) == (1, 3.0, None)
 
@@ -83,7 +83,7 @@ def test_closing_ends_the_generation(
         finally:
             ended.set()
 
-    monkeypatch.setattr(answering, "generator", lambda model: endless)
+    monkeypatch.setattr(sides[0].generator, "generate", endless)
     states = answer(sides[0], opened(rows[0]), rows[0].question, 8)
     assert any(state.text.startswith("Yes") for state in states)
     assert not ended.is_set()
@@ -97,7 +97,7 @@ def test_what_the_model_raises_is_raised(
     def broken(**options: Any) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(answering, "generator", lambda model: broken)
+    monkeypatch.setattr(sides[0].generator, "generate", broken)
     with pytest.raises(RuntimeError, match="out of memory"):
         list(answer(sides[0], opened(rows[0]), rows[0].question, 8))
 
