@@ -14,7 +14,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import plot_dequant_gemm  # noqa: E402
+from benchmarks import plot_dequant_gemm, plot_training_step  # noqa: E402
+from benchmarks.pages import gpu_results as results_of  # noqa: E402
+from benchmarks.plot_training_step import steps  # noqa: E402
 from benchmarks.results import since  # noqa: E402
 from benchmarks.results import table as benchmark_table  # noqa: E402
 from grace.study.report import footnotes, read_study, table  # noqa: E402
@@ -116,6 +118,19 @@ def training_results(contents: list[dict]) -> str:
     return "\n".join([head, "", *shown, "", image])
 
 
+def training_step() -> str:
+    """A whole step against the student's fine-tuning and the teacher's forward."""
+    parts = []
+    for gpu, content in results_of("training_step").items():
+        head = (
+            f"A step of `GraceTrainer` without its optimizer on {gpu.upper()}, ms, beside the "
+            "student's fine-tuning (SFT) and the teacher's forward alone, and the paper's step in "
+            "plain PyTorch; [what the time goes to, memory, two GPUs](docs/training_step.md)."
+        )
+        parts.append(f"{head}\n\n{plot_training_step.time_table(steps(content))}")
+    return "\n\n".join(parts)
+
+
 def training_line(rows: dict[str, dict]) -> list[str]:
     """Of one size: times, speed-ups and memory; a dash for what was not timed."""
     ours = rows["grace"]
@@ -129,7 +144,7 @@ def training_line(rows: dict[str, dict]) -> list[str]:
 
 def filled(text: str) -> str:
     """The README with every marked block made anew."""
-    for make in (quickstart, dequant_gemm, training_ops):
+    for make in (quickstart, dequant_gemm, training_ops, training_step):
         name = make.__name__
         pattern = rf"(<!-- begin {name} .*?-->\n).*?(<!-- end {name} -->)"
         text, count = re.subn(
