@@ -6,39 +6,19 @@ the committed ``benchmarks/results/*/generate.json``; ``--check`` only compares.
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from benchmarks import results
+from benchmarks.pages import DOCS, Chart, gpu_results, update
 from benchmarks.plot_dequant_gemm import markdown
-from benchmarks.plot_op_pages import drawn_from
 
-FOLDER = Path(__file__).parents[1] / "docs"
-PAGE = FOLDER / "generation.md"
+PAGE = DOCS / "generation.md"
 COMMAND = "python -m benchmarks.plot_generate"
 
-_BLOCK = re.compile(r"(<!-- begin measured .*?-->\n).*?(<!-- end measured -->)", flags=re.DOTALL)
 _DASH = "–"
 _BASE = "bf16"  # the side that ratios are to
 Row = Mapping[str, Any]
-
-
-def contents() -> dict[str, Any]:
-    """Committed results of GPUs."""
-    paths = sorted(results.ROOT.glob("*/generate.json"))
-    gpus = [path for path in paths if not path.parent.name.startswith("cpu-")]
-    return {path.parent.name: json.loads(path.read_text()) for path in gpus}
-
-
-def chart_path(gpu: str) -> Path:
-    """Of a GPU's chart."""
-    return FOLDER / f"generation_{gpu}.png"
 
 
 # --- tables --------------------------------------------------------------------------------------
@@ -121,7 +101,7 @@ def section(gpu: str, content: Mapping[str, Any]) -> str:
         f"{facts['read_gb_per_s']:.0f} GB/s. In brackets: bf16 as transformers generates, over the "
         "side; above 1 where the side is better."
     )
-    parts = [head, f"![Time of a token and memory]({chart_path(gpu).name})"]
+    parts = [head, f"![Time of a token and memory]({chart_of(gpu, content).path.name})"]
     for (model, batch), sides in found.items():
         size = next(iter(sides.values()))["size"]
         prompt = f"{size['prompt']} tokens with an image, {size['new']} new"
@@ -145,8 +125,8 @@ def _absent(content: Mapping[str, Any]) -> str:
 # --- chart ---------------------------------------------------------------------------------------
 
 
-def chart(content: Mapping[str, Any]) -> bytes:
-    """A PNG: a bar a side under each model and batch, ms a token and, on the right, memory."""
+def draw(content: Mapping[str, Any]) -> Any:
+    """A Figure: a bar a side under each model and batch, ms a token and, on the right, memory."""
     from matplotlib.figure import Figure
 
     lines: list[tuple[str, Row | None]] = []
@@ -164,7 +144,7 @@ def chart(content: Mapping[str, Any]) -> bytes:
     for label, (_, row) in zip(time.get_yticklabels(), lines, strict=True):
         label.set_fontweight("bold" if row is None else "normal")
     time.set_ylim(len(lines) - 0.5, -0.5)
-    return _png(figure, digest(content))
+    return figure
 
 
 def _bars(
@@ -186,29 +166,22 @@ def _bars(
     axes.spines[["top", "right", "left"]].set_visible(False)
 
 
-def digest(content: Mapping[str, Any]) -> str:
-    """Of the numbers that a chart shows."""
-    shown = [
+def numbers(content: Mapping[str, Any]) -> list[Any]:
+    """All that a chart shows."""
+    return [
         [row["size"], row["side"], row["ms_per_token"], row.get("floor_ms"), row.get("peak_mib")]
         for sides in cells(content).values()
         for row in sides.values()
     ]
-    return hashlib.sha256(json.dumps(shown).encode()).hexdigest()[:16]
-
-
-def _png(figure: Any, data: str) -> bytes:
-    from PIL import Image
-    from PIL.PngImagePlugin import PngInfo
-
-    drawn, small, info = io.BytesIO(), io.BytesIO(), PngInfo()
-    figure.savefig(drawn)
-    info.add_text("data", data)
-    image = Image.open(drawn).convert("RGB").quantize(64, Image.Quantize.MAXCOVERAGE)
-    image.save(small, "PNG", optimize=True, pnginfo=info)
-    return small.getvalue()
 
 
 # --- page ----------------------------------------------------------------------------------------
+
+
+def chart_of(gpu: str, content: Mapping[str, Any]) -> Chart:
+    """The chart of a GPU's results."""
+    path = DOCS / f"generation_{gpu}.png"
+    return Chart(path, numbers(content), lambda: draw(content))
 
 
 def measured(found: Mapping[str, Any]) -> str:
@@ -217,36 +190,15 @@ def measured(found: Mapping[str, Any]) -> str:
     return "\n\n".join(sections) or "No result of a GPU is committed yet."
 
 
-def filled(text: str, found: Mapping[str, Any]) -> str:
-    """The page's text with its marked block made anew."""
-    made, count = _BLOCK.subn(lambda m: f"{m[1]}{measured(found)}\n{m[2]}", text)
-    if count != 1:
-        raise ValueError(f"plot: {PAGE.name} must have one block measured, got {count}")
-    return made
-
-
-def stale() -> list[str]:
-    """Names of the page and charts that are not what the committed results give."""
-    found, text = contents(), PAGE.read_text()
-    names = [] if filled(text, found) == text else [PAGE.name]
-    charts = {chart_path(gpu): digest(content) for gpu, content in found.items()}
-    return names + [path.name for path, data in charts.items() if drawn_from(path) != data]
-
-
-def main() -> int:
+def main(arguments: Sequence[str]) -> int:
     """Writes page and charts, or says with exit code 1 which the results do not give."""
-    if "--check" in sys.argv[1:]:
-        names = stale()
-        if names:
-            print(f"not what the committed results give: {', '.join(names)}: {COMMAND}")
-        return int(bool(names))
-    found = contents()
-    for gpu, content in found.items():
-        if drawn_from(chart_path(gpu)) != digest(content):
-            chart_path(gpu).write_bytes(chart(content))
-    results.write_whole(PAGE, filled(PAGE.read_text(), found))
-    return 0
+    found = gpu_results("generate")
+    charts = [chart_of(gpu, content) for gpu, content in found.items()]
+    stale = update(PAGE, measured(found), charts, check="--check" in arguments)
+    if stale:
+        print(f"not what the committed results give: {', '.join(stale)}: {COMMAND}")
+    return int(bool(stale))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -15,6 +15,7 @@ from benchmarks import bench_generate, generation, plot_generate, profile_kernel
 from benchmarks.__main__ import available, load, start
 from benchmarks.bench_generate import SIDES, Plan, merged, rows_of
 from benchmarks.harness import Ceiling
+from benchmarks.pages import Chart
 from grace.nn import FusedLinear, PackedLinear
 
 CPU = torch.device("cpu")
@@ -204,7 +205,7 @@ def content() -> dict[str, Any]:
 
 
 def test_the_page_holds_the_committed_results() -> None:
-    assert plot_generate.stale() == [], plot_generate.COMMAND
+    assert plot_generate.main(["--check"]) == 0, plot_generate.COMMAND
 
 
 def test_a_section_tells_all_that_was_measured() -> None:
@@ -215,16 +216,16 @@ def test_a_section_tells_all_that_was_measured() -> None:
     assert text.index("| large | 1 | 7.0 | 7 |") < text.index("| small | 2 | 1.0 | 2 |")
     assert "| all | 3 |  | 9 |" in text
     assert "- LLaVA, grace flash: not here" in text
-    page = "<!-- begin measured x -->\nstale\n<!-- end measured -->"
-    assert text in plot_generate.filled(page, {"gpu": content()})
-    with pytest.raises(ValueError, match="one block measured"):
-        plot_generate.filled("no block", {})
+    assert plot_generate.measured({"gpu": content()}) == text
+    assert plot_generate.measured({}) == "No result of a GPU is committed yet."
 
 
 def test_a_chart_says_what_it_was_drawn_from(tmp_path: Path) -> None:
-    path = tmp_path / "chart.png"
-    path.write_bytes(plot_generate.chart(content()))
-    assert plot_generate.drawn_from(path) == plot_generate.digest(content())
+    chart = plot_generate.chart_of("gpu", content())
+    drawn = Chart(tmp_path / "chart.png", chart.numbers, chart.draw)
+    assert not drawn.current
+    drawn.write()
+    assert drawn.current
     other = content()
     other["rows"][0]["ms_per_token"] = 17.0
-    assert plot_generate.digest(other) != plot_generate.digest(content())
+    assert plot_generate.chart_of("gpu", other).digest != chart.digest
