@@ -13,7 +13,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from grace.study.run import Progress as StudyProgress
+from grace.study.execution import Progress as StudyProgress
 
 
 class TerminalProgress(StudyProgress):

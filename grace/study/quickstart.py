@@ -53,7 +53,7 @@ def make_models(folder: Path, seed: int) -> Path:
     """Train the tiny teacher and student anew into `folder`, unless they are there; minutes on a
     GPU, longer on two cores, where each takes one."""
     from grace.evaluation import make_tiny
-    from grace.study.run import cores, worker_pool
+    from grace.study.execution import cores, worker_pool
 
     left = [name for name in make_tiny.RECIPES if not (folder / name).is_dir()]
     if torch.cuda.is_available():

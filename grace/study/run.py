@@ -1,20 +1,14 @@
 """Run a study: draw, make models, sweep learning rates, run the arms, gather study.json.
 
-Every stage leaves whole files and is not done again. On a CPU arms run in as many processes as
-there are cores, with one thread each: two processes of one thread do more than one of two. On a GPU
-small models share it and large ones take turns.
+Every stage leaves whole files and is not done again; `execution` runs the arms.
 """
 
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import shutil
 import time
 from collections.abc import Collection, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +19,7 @@ from grace.study import models, pool, worker
 from grace.study.arms import CALIBRATED, Arm, arms_of
 from grace.study.config import StudyConfig, differences
 from grace.study.data import TEACHER, TRAIN, PackedQuestions, cache_teacher, draw
+from grace.study.execution import Progress, cores, length, run_tasks
 from grace.study.gather import gather
 from grace.study.sweeping import choose, sweep_tasks
 from grace.study.task import METRICS, SWEEP, Task, finished
@@ -32,23 +27,6 @@ from grace.study.training import OutOfTime
 from grace.training.files import write_whole
 
 STUDY, CONFIG = "study.json", "config.json"
-# Steps of progress that scoring counts for, beside an arm's training steps.
-_SCORING_STEPS = 40
-_SMALL_BYTES = 64 * 2**20  # of both models' weights: they leave a GPU nearly idle
-_MOST_ON_GPU = 8  # processes with small models: each holds a CUDA context
-
-
-class Progress:
-    """What a study reports while it runs; the one of a terminal is in `grace.study.progress`."""
-
-    def start(self, name: str, total: int) -> None:
-        """A part of the study begins, of `total` units."""
-
-    def advance(self, name: str, done: int) -> None:
-        """`done` units of it are done."""
-
-    def finish(self, name: str) -> None:
-        """It is over."""
 
 
 def run_study(
@@ -93,7 +71,7 @@ def run_study(
     try:
         _stages(config, root, device, until, stop_behind, progress)
         if stop_behind is None:
-            _run_tasks(chosen, progress)
+            run_tasks(chosen, progress)
     except OutOfTime:
         pass
     return conclude(config, root, tasks, time.perf_counter() - started)
@@ -176,7 +154,7 @@ def _stages(
     _look_once(config, root, device, progress)
     if config.sweep is not None and not (root / SWEEP).is_file():
         tried = sweep_tasks(config, root, device, until)
-        results = _run_tasks(tried, progress)
+        results = run_tasks(tried, progress)
         if len(results) < len(tried):
             raise OutOfTime("study: the sweep is not done")
         write_whole(root / SWEEP, json.dumps(choose(config, results), indent=1))
@@ -248,116 +226,12 @@ def conclude(
     return study
 
 
-def _run_tasks(tasks: Sequence[Task], progress: Progress) -> list[dict[str, Any]]:
-    """Results of the tasks that are done, or could be done in time, in their order."""
-    done = {task: result for task in tasks if (result := finished(task)) is not None}
-    left = [task for task in tasks if task not in done]
-    if left:
-        # Arms that start from the control wait for it.
-        for wave in (False, True):
-            now = [task for task in left if (task.arm.start == "control") == wave]
-            now = [task for task in now if not wave or _control_is_done(task)]
-            if now:
-                done |= _run_wave(now, progress)
-    return [done[task] for task in tasks if task in done]
-
-
-def _control_is_done(task: Task) -> bool:
-    control = replace(task, arm=Arm("control"))
-    return finished(control) is not None
-
-
-def _run_wave(tasks: Sequence[Task], progress: Progress) -> dict[Task, dict[str, Any]]:
-    # The longest first, so that no core waits at the end for one long arm.
-    tasks = sorted(tasks, key=_length, reverse=True)
-    processes = min(len(tasks), _processes(tasks[0]))
-    alone = processes == 1 and (tasks[0].device != "cpu" or tasks[0].config.processes == 1)
-    run = _in_sequence(tasks, progress) if alone else _in_processes(tasks, processes, progress)
-    return {task: result for task, result in run.items() if result is not None}
-
-
-def _processes(task: Task) -> int:
-    """How many arms run at once.
-
-    On a GPU a small model's steps are launches that hardly load it, so that arms side by side take
-    little longer than one; a large model has the GPU for itself.
-    """
-    if task.config.processes is not None:
-        return task.config.processes
-    if task.device == "cpu":
-        return cores()
-    folders = (task.model_dir(which) for which in ("teacher", "student"))
-    weights = [path for folder in folders for path in folder.glob("*.safetensors")]
-    small = sum(path.stat().st_size for path in weights) < _SMALL_BYTES
-    return min(cores(), _MOST_ON_GPU) if small else 1
-
-
 def units(config: StudyConfig) -> int:
     """Work of all arms and of the sweep, in training steps, as progress counts it."""
     tasks = _tasks(config, Path(), "cpu", None)
     if config.sweep is not None:
         tasks += sweep_tasks(config, Path(), "cpu", None)
-    return sum(map(_length, tasks))
-
-
-def _length(task: Task) -> int:
-    return _SCORING_STEPS + (task.config.steps if task.arm.trained else 0)
-
-
-_Results = dict[Task, dict[str, Any] | None]
-
-
-def _in_sequence(tasks: Sequence[Task], progress: Progress) -> _Results:
-    results: _Results = {}
-    worker.quiet()
-    for task in tasks:
-        progress.start(task.folder.name, _length(task))
-        results[task] = worker.run_arm(task)
-        progress.finish(task.folder.name)
-    return results
-
-
-def _in_processes(tasks: Sequence[Task], processes: int, progress: Progress) -> _Results:
-    """All tasks in a pool; progress is read from the metrics that running arms write."""
-    results: _Results = {}
-    with worker_pool(processes) as executor:
-        futures: dict[Future, Task] = {executor.submit(worker.run_arm, t): t for t in tasks}
-        for task in tasks:
-            progress.start(task.folder.name, _length(task))
-        try:
-            while futures:
-                done, _ = wait(futures, timeout=0.5, return_when=FIRST_COMPLETED)
-                for future in done:
-                    task = futures.pop(future)
-                    results[task] = future.result()
-                    progress.finish(task.folder.name)
-                for task in futures.values():
-                    progress.advance(task.folder.name, _last_step(task))
-        except BaseException:
-            executor.shutdown(wait=False, cancel_futures=True)
-            raise
-    return results
-
-
-def worker_pool(count: int) -> ProcessPoolExecutor:
-    """Processes of one thread each."""
-    # Half of a small model's step is page faults of tensors mapped anew: keep what was freed.
-    for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
-        os.environ.setdefault(name, "4000000000")
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(count, context, worker.use_one_thread)
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _last_step(task: Task) -> int:
-    from grace.training.callbacks import read_metrics
-
-    rows = read_metrics(task.folder / METRICS)
-    return rows[-1]["step"] if rows else 0
+    return sum(map(length, tasks))
 
 
 def _merge_metrics(tasks: Sequence[Task], root: Path) -> None:

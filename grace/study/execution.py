@@ -1,0 +1,141 @@
+"""Arms of a study side by side: in processes of one thread each, or one after another.
+
+On a CPU arms run in as many processes as there are cores, as two of one thread do more than one of
+two. On a GPU small models share it and large ones take turns.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import replace
+from typing import Any
+
+from grace.study import worker
+from grace.study.arms import Arm
+from grace.study.task import METRICS, Task, finished
+
+# Steps of progress that scoring counts for, beside an arm's training steps.
+_SCORING_STEPS = 40
+_SMALL_BYTES = 64 * 2**20  # of both models' weights: they leave a GPU nearly idle
+_MOST_ON_GPU = 8  # processes with small models: each holds a CUDA context
+
+
+class Progress:
+    """What a study reports while it runs; the one of a terminal is in `grace.study.progress`."""
+
+    def start(self, name: str, total: int) -> None:
+        """A part of the study begins, of `total` units."""
+
+    def advance(self, name: str, done: int) -> None:
+        """`done` units of it are done."""
+
+    def finish(self, name: str) -> None:
+        """It is over."""
+
+
+def run_tasks(tasks: Sequence[Task], progress: Progress) -> list[dict[str, Any]]:
+    """Results of the tasks that are done, or could be done in time, in their order."""
+    done = {task: result for task in tasks if (result := finished(task)) is not None}
+    left = [task for task in tasks if task not in done]
+    if left:
+        # Arms that start from the control wait for it.
+        for wave in (False, True):
+            now = [task for task in left if (task.arm.start == "control") == wave]
+            now = [task for task in now if not wave or _control_is_done(task)]
+            if now:
+                done |= _run_wave(now, progress)
+    return [done[task] for task in tasks if task in done]
+
+
+def _control_is_done(task: Task) -> bool:
+    control = replace(task, arm=Arm("control"))
+    return finished(control) is not None
+
+
+def _run_wave(tasks: Sequence[Task], progress: Progress) -> dict[Task, dict[str, Any]]:
+    # The longest first, so that no core waits at the end for one long arm.
+    tasks = sorted(tasks, key=length, reverse=True)
+    processes = min(len(tasks), _processes(tasks[0]))
+    alone = processes == 1 and (tasks[0].device != "cpu" or tasks[0].config.processes == 1)
+    run = _in_sequence(tasks, progress) if alone else _in_processes(tasks, processes, progress)
+    return {task: result for task, result in run.items() if result is not None}
+
+
+def _processes(task: Task) -> int:
+    """How many arms run at once.
+
+    On a GPU a small model's steps are launches that hardly load it, so that arms side by side take
+    little longer than one; a large model has the GPU for itself.
+    """
+    if task.config.processes is not None:
+        return task.config.processes
+    if task.device == "cpu":
+        return cores()
+    folders = (task.model_dir(which) for which in ("teacher", "student"))
+    weights = [path for folder in folders for path in folder.glob("*.safetensors")]
+    small = sum(path.stat().st_size for path in weights) < _SMALL_BYTES
+    return min(cores(), _MOST_ON_GPU) if small else 1
+
+
+def length(task: Task) -> int:
+    """Work of an arm, in training steps, as progress counts it."""
+    return _SCORING_STEPS + (task.config.steps if task.arm.trained else 0)
+
+
+_Results = dict[Task, dict[str, Any] | None]
+
+
+def _in_sequence(tasks: Sequence[Task], progress: Progress) -> _Results:
+    results: _Results = {}
+    worker.quiet()
+    for task in tasks:
+        progress.start(task.folder.name, length(task))
+        results[task] = worker.run_arm(task)
+        progress.finish(task.folder.name)
+    return results
+
+
+def _in_processes(tasks: Sequence[Task], processes: int, progress: Progress) -> _Results:
+    """All tasks in a pool; progress is read from the metrics that running arms write."""
+    results: _Results = {}
+    with worker_pool(processes) as executor:
+        futures: dict[Future, Task] = {executor.submit(worker.run_arm, t): t for t in tasks}
+        for task in tasks:
+            progress.start(task.folder.name, length(task))
+        try:
+            while futures:
+                done, _ = wait(futures, timeout=0.5, return_when=FIRST_COMPLETED)
+                for future in done:
+                    task = futures.pop(future)
+                    results[task] = future.result()
+                    progress.finish(task.folder.name)
+                for task in futures.values():
+                    progress.advance(task.folder.name, _last_step(task))
+        except BaseException:
+            executor.shutdown(wait=False, cancel_futures=True)
+            raise
+    return results
+
+
+def worker_pool(count: int) -> ProcessPoolExecutor:
+    """Processes of one thread each."""
+    # Half of a small model's step is page faults of tensors mapped anew: keep what was freed.
+    for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
+        os.environ.setdefault(name, "4000000000")
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(count, context, worker.use_one_thread)
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _last_step(task: Task) -> int:
+    from grace.training.callbacks import read_metrics
+
+    rows = read_metrics(task.folder / METRICS)
+    return rows[-1]["step"] if rows else 0
