@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from grace.cli import main
-from grace.demo import answering
 from grace.demo.answering import Side
 from grace.evaluation.answer import answer as answer_rows
+from grace.generation import Generator
 
 gradio = pytest.importorskip("gradio", reason="needs grace-vlm[demo]: gradio")
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
@@ -182,7 +182,7 @@ def test_tokens_show_as_they_come(page: Page, monkeypatch: pytest.MonkeyPatch):
                 assert seen.wait(SECONDS)
         streamer.end()
 
-    monkeypatch.setattr(answering, "generator", lambda model: generate)
+    monkeypatch.setattr(Generator, "generate", staticmethod(generate))
     page.take_example(0)
     page.ask()
     page.until(lambda: page.texts(".card .text.live") == ["Yes"], "the first word")
@@ -210,7 +210,7 @@ def test_stop_ends_an_answer_and_the_next_works(page: Page, monkeypatch: pytest.
             ended.set()
 
     with monkeypatch.context() as patch:
-        patch.setattr(answering, "generator", lambda model: endless)
+        patch.setattr(Generator, "generate", staticmethod(endless))
         page.take_example(0)
         page.ask()
         page.until(lambda: page.texts(".card .text.live"), "an answer that goes on")
@@ -239,7 +239,7 @@ def test_what_went_wrong_is_on_the_page(page: Page, rows: list[Any], monkeypatch
         raise RuntimeError("no <memory>")
 
     with monkeypatch.context() as patch:
-        patch.setattr(answering, "generator", lambda model: broken)
+        patch.setattr(Generator, "generate", staticmethod(broken))
         page.write(rows[0].question)
         page.ask()
         told = "dense could not answer: RuntimeError: no <memory>"
