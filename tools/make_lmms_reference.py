@@ -60,7 +60,7 @@ def task() -> tuple[ModuleType, dict[str, Any]]:
 
 
 def draw(mme: ModuleType, replies: tuple[str, ...], rng: Random) -> list[list[str]]:
-    """Rows of some subtasks; a third of the replies is the right word, so that scores are spread."""
+    """Rows of some subtasks; a third of the replies is right by design: scores spread."""
     every = [name for names in mme.eval_type_dict.values() for name in names]
     rows = []
     for subtask in rng.sample(every, rng.randint(1, 6)):
