@@ -56,6 +56,19 @@ def test_answers_of_a_packed_model_are_the_same(tmp_path):
     assert said == answer(model, processor, rows, **settings)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("kind", families.FAMILIES)
+def test_captured_graphs_say_the_same(kind):
+    model, inputs = made(kind).cuda(), asked(kind)  # inputs are moved
+    served, plain = Decoder(model), Decoder(model, graphs=False)
+    for _ in range(2):
+        wanted = plain(inputs, 6, do_sample=False, num_beams=1)
+        assert torch.equal(served(inputs, 6, do_sample=False, num_beams=1), wanted)
+    (steps,) = served._generator._sizes.values()
+    assert steps._graphs
+
+
 def test_what_a_generator_does_not_do_is_left_to_generate(caplog):
     model, inputs = made("llava"), asked("llava")
     prompt = inputs["input_ids"].shape[1]
