@@ -27,6 +27,9 @@ def evaluate(
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16, float32.")] = "auto",
     device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
     fuse: Annotated[bool, typer.Option(help="Run packed layers of one input as one.")] = True,
+    graphs: Annotated[
+        bool, typer.Option(help="Decode as served, by captured graphs; or by model.generate.")
+    ] = True,
 ) -> None:
     """Answer every question of a benchmark; write results and scores.
 
@@ -41,6 +44,10 @@ def evaluate(
     rows = chosen.load(benchmark, images, split)
     chosen.prompt("", prompt)  # an unknown variant is told of before a model is loaded
     network, processor = load_model(model, dtype, device, fuse)
+
+    from grace.evaluation.decoding import Decoder
+
+    decoder = Decoder(network, max_batch_size=batch_size, graphs=graphs)
     folder = out or Path("runs/evaluate") / Path(model).name
     run = {
         "model": resume.fingerprint(model),
@@ -51,6 +58,7 @@ def evaluate(
         "batch_size": batch_size,
         "dtype": dtype,
         "fuse": fuse,
+        "graphs": graphs,
     }
 
     def ask(part: Any) -> list[str]:
@@ -63,6 +71,7 @@ def evaluate(
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
             prompt=lambda question: chosen.prompt(question, prompt),
+            decoder=decoder,
         )
 
     log = folder / "answers.part.jsonl"

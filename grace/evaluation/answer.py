@@ -8,10 +8,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
+
+from .decoding import Decoder
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,6 @@ def prepare(
         )
     texts = [_chat(processor, prompt(row.question) if prompt else row.question) for row in rows]
     order = sorted(range(len(rows)), key=lambda index: len(texts[index].split()))
-    processor.tokenizer.padding_side = "left"
     return [
         _batch(processor, rows, texts, tuple(order[start : start + batch_size]))
         for start in range(0, len(rows), batch_size)
@@ -63,14 +63,26 @@ def _chat(processor: Any, question: str) -> str:
 
 
 def _batch(processor: Any, rows: Sequence[Any], texts: list, indices: tuple[int, ...]) -> Batch:
-    images = [_image(rows[index].image) for index in indices]
-    inputs = processor(
-        images=images, text=[texts[index] for index in indices], padding=True, return_tensors="pt"
+    images = [opened(rows[index].image) for index in indices]
+    return Batch(indices, encode(processor, [texts[index] for index in indices], images))
+
+
+def encode(processor: Any, texts: Sequence[str], images: Sequence[Any]) -> dict[str, Tensor]:
+    """Processor output for prompts as a chat template gives them, padded on the left.
+
+    Args:
+        processor: any transformers VLM processor.
+        texts: one a row.
+        images: PIL images of all rows, in the order in which the texts name them; may be empty.
+    """
+    processor.tokenizer.padding_side = "left"
+    return dict(
+        processor(images=list(images) or None, text=list(texts), padding=True, return_tensors="pt")
     )
-    return Batch(indices, dict(inputs))
 
 
-def _image(image: Any) -> Image.Image:
+def opened(image: Any) -> Image.Image:
+    """A PIL image, of a file where a path is given; the last few files stay open in memory."""
     return _open(Path(image)) if isinstance(image, str | Path) else image
 
 
@@ -80,7 +92,6 @@ def _open(path: Path) -> Image.Image:
         return image.convert("RGB")
 
 
-@torch.inference_mode()
 def answer(
     model: Any,
     processor: Any,
@@ -90,6 +101,7 @@ def answer(
     max_new_tokens: int = 16,
     prompt: Callable[[str], str] | None = None,
     progress: bool = True,
+    decoder: Decoder | None = None,
 ) -> list[str]:
     """What the model says to every row, decoded greedily.
 
@@ -101,23 +113,26 @@ def answer(
         max_new_tokens: at most this many tokens an answer. With 1 a batch is one forward pass,
             and exact wherever the tokenizer has "Yes" and "No" as tokens.
         progress: show a progress bar.
+        decoder: of this model. One that is kept between calls keeps its caches and graphs;
+            default a new one, that decodes by `grace.generation.Generator` where it can.
 
     Returns:
         One text a row, in the order of the rows.
 
     Raises:
-        ValueError: no rows, or a number below 1.
+        ValueError: no rows, a number below 1, or a decoder of another model or for less rows.
     """
     if max_new_tokens < 1:
         raise ValueError(f"answer: max_new_tokens must be at least 1, got {max_new_tokens}")
     prepared = bool(rows) and isinstance(rows[0], Batch)
     batches = rows if prepared else prepare(processor, rows, batch_size=batch_size, prompt=prompt)
+    decode = _fitting(decoder, model, max(len(batch.indices) for batch in batches))
     training = model.training
     model.eval()
     texts: dict[int, str] = {}
     try:
         for batch in tqdm(batches, desc="answer", unit="batch", disable=not progress):
-            tokens = _decode(model, _to(batch.inputs, model), max_new_tokens)
+            tokens = decode(batch.inputs, max_new_tokens, do_sample=False, num_beams=1)
             said = processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
             texts.update(zip(batch.indices, said, strict=True))
     finally:
@@ -125,15 +140,13 @@ def answer(
     return [texts[index].strip() for index in sorted(texts)]
 
 
-def _to(inputs: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
-    """On the model's device, floating-point inputs in its dtype."""
-    return {
-        name: value.to(model.device, model.dtype if value.is_floating_point() else None)
-        for name, value in inputs.items()
-    }
-
-
-def _decode(model: Any, inputs: dict[str, Tensor], max_new_tokens: int) -> Tensor:
-    """New tokens, [rows, at most max_new_tokens]."""
-    new = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
-    return new[:, inputs["input_ids"].shape[1] :]
+def _fitting(decoder: Decoder | None, model: Any, rows: int) -> Decoder:
+    if decoder is None:
+        return Decoder(model, max_batch_size=rows)
+    if decoder.model is not model or decoder.max_batch_size < rows:
+        whose = "the same" if decoder.model is model else "another"
+        raise ValueError(
+            f"answer: decoder must be of the model and for {rows} rows, got one of {whose} model "
+            f"for {decoder.max_batch_size}"
+        )
+    return decoder

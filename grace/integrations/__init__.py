@@ -1,4 +1,4 @@
-"""What makes other libraries give grace's layers: so far transformers.
+"""What makes other libraries give grace's layers: transformers, and lmms-eval as a plug-in of it.
 
 Importing this package imports neither torch nor transformers.
 """

@@ -154,6 +154,23 @@ def test_evaluate_writes_official_results_and_scores(
     assert "perception" in capsys.readouterr().out
 
 
+def test_evaluate_says_the_same_without_graphs(
+    models: Path, drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from grace.generation import Generator
+
+    made, results = [], []
+    init = Generator.__init__
+    monkeypatch.setattr(Generator, "__init__", lambda *a, **k: (made.append(1), init(*a, **k))[1])
+    for choice in ("--graphs", "--no-graphs"):
+        out = tmp_path / choice
+        options = ("--out", out, "--max-new-tokens", 5, "--device", "cpu", choice)
+        assert run("evaluate", models / "student", drawn, *options) == 0
+        results.append({file.name: file.read_text() for file in sorted(out.iterdir())})
+        assert made == [1]  # one for all batches, and none without
+    assert results[0] == results[1]
+
+
 def test_evaluate_pope_goes_on_where_it_stopped(
     models: Path, drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,4 +1,4 @@
-"""The large drawn benchmark: exact answers, held-out compositions, nothing told by words alone."""
+"""The large drawn benchmark: exact answers, held-out compositions, twins."""
 
 import contextlib
 import io
@@ -134,42 +134,6 @@ def test_images_have_one_yes_and_one_no_and_twins_the_opposite(drawn):
         assert [r.answer for r in rows[first : first + 4]] == ["Yes", "No", "Yes", "No"]
         assert (yes.question, no.question) == (twin_no.question, twin_yes.question)
         assert yes.image == no.image != twin_yes.image == twin_no.image
-
-
-def features(question):
-    words = re.findall(r"\w+|[^\w\s]", question)
-    return {*words, *pairwise(words), question}
-
-
-def text_only_scorer(rows):
-    """Naive Bayes on words, pairs of words and whole questions; gives the log odds of yes."""
-    seen = defaultdict(Counter)
-    for question, answer in rows:
-        for feature in features(question):
-            seen[feature][answer] += 1
-
-    def odds(question):
-        counts = (seen[f] for f in features(question) if f in seen)
-        return sum(math.log((c["Yes"] + 1) / (c["No"] + 1)) for c in counts)
-
-    return odds
-
-
-def test_text_alone_is_chance(examples, drawn):
-    """A scorer fitted on training questions is right on half of the evaluation, within noise."""
-    closed = [(q.text, q.answer) for e in examples for q in e.questions if q.answer[0] in "YN"]
-    odds = text_only_scorer([row for row in closed if row[1] in ("Yes", "No")])
-    rows = mme.load(drawn[0])
-    right = sum((odds(row.question) > 0) == (row.answer == "Yes") for row in rows)
-    assert right == len(rows) / 2  # exactly: the twins
-    fresh = [
-        (question.text, question.answer)
-        for index in range(9 * 100)
-        for question in Examples(seed=2)[index].questions
-        if question.answer in ("Yes", "No")
-    ]
-    right = np.mean([(odds(text) > 0) == (answer == "Yes") for text, answer in fresh])
-    assert abs(right - 0.5) < 4 * 0.5 / math.sqrt(len(fresh) / 2)  # the two of an image are one
 
 
 def pairs_in(words, firsts, seconds):
