@@ -67,7 +67,9 @@ class _Stream:
 @contextlib.contextmanager
 def _capture(graph: Recorded, pool: Any, capture_error_mode: str) -> Iterator[None]:
     assert (pool, capture_error_mode) == ("pool", "thread_local")
-    with _Recorder(graph):
+    with _Recorder(graph), pytest.MonkeyPatch.context() as patch:
+        # transformers looks at it, and makes masks then that it would not make otherwise.
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         yield
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakSet
 
 import torch
@@ -10,10 +10,20 @@ from torch import Tensor
 from transformers.cache_utils import StaticCache, StaticLayer
 
 
+class User(Protocol):
+    """Who has views of a `Storage`: ``index`` names its part, `forget` is told when that moves."""
+
+    index: int
+
+    def forget(self, kind: str) -> None:
+        """The memory of ``kind`` is no more."""
+
+
 class Storage:
     """Keys and values of every decoder layer, as flat memory that grows to the largest need.
 
-    Only one batch is decoded at a time, so caches of all sizes lie in the same memory.
+    Only one batch is decoded at a time, so caches of all sizes lie in the same memory. Prompts have
+    another one for theirs.
 
     Attributes:
         version: grows when memory moves; graphs that were captured before then point nowhere.
@@ -22,10 +32,10 @@ class Storage:
     def __init__(self) -> None:
         self.version = 0
         self._flat: dict[tuple[int, str], Tensor] = {}
-        self._users: WeakSet[SharedLayer] = WeakSet()
+        self._users: WeakSet[User] = WeakSet()
 
-    def view(self, user: SharedLayer, kind: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """Memory of a layer's keys or values as ``shape``, in dtype and on device of ``like``."""
+    def view(self, user: User, kind: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """Memory of a user's ``kind`` as ``shape``, in dtype and on device of ``like``."""
         key, need = (user.index, kind), torch.Size(shape).numel()
         held = self._flat.get(key)
         if held is None or held.numel() < need or (held.dtype, held.device) != _place(like):
@@ -95,7 +105,7 @@ class SharedLayer(StaticLayer):
                 self.lazy_initialization(key_states, value_states)
             rows, _, tokens, _ = key_states.shape
             for held, new in ((self.keys, key_states), (self.values, value_states)):
-                held[:rows, :, :tokens].copy_(new)
+                self._owner.put(held[:rows, :, :tokens], new)
                 held[:rows, :, tokens:].zero_()  # a NaN of an earlier call would show through
             return key_states, value_states
         self.keys.index_copy_(2, self._owner.position, key_states)
@@ -117,7 +127,11 @@ class SharedCache(StaticCache):
     Attributes:
         position: int64 [1] on the device: where the next token goes. Whoever decodes moves it on.
         filling: whether the prompt goes through the model, or a decode step.
+        real: bool [1, 1, tokens, 1] on the device: which of the tokens that fill the cache are the
+            prompt's; others are left out. None: all.
     """
+
+    real: Tensor | None = None
 
     def __init__(
         self, layers: int, batch: int, length: int, storage: Storage, device: torch.device
@@ -127,3 +141,13 @@ class SharedCache(StaticCache):
         self.filling = True
         made: list[Any] = [SharedLayer(self, index) for index in range(layers)]
         super(StaticCache, self).__init__(layers=made)
+        self._zeros: dict[torch.dtype, Tensor] = {}
+
+    def put(self, into: Tensor, new: Tensor) -> None:
+        """Copies keys or values of a prompt; zeros stand for what is not real."""
+        if self.real is None:
+            into.copy_(new)
+            return
+        if new.dtype not in self._zeros:
+            self._zeros[new.dtype] = new.new_zeros(())
+        torch.where(self.real, new, self._zeros[new.dtype], out=into)
