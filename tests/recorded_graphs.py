@@ -16,6 +16,30 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+_WAITS = (
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "item",
+    "_unique2",
+    "lift_fresh",
+    "masked_scatter_",
+    "repeat_interleave",
+    "bincount",
+    "equal",
+)
+
+
+def waits(function: Any, args: tuple) -> bool:
+    """Whether a call makes the host wait for a GPU, or brings it values from Python."""
+    name = function.overloadpacket.__name__
+    booleans = [
+        index
+        for index in (args[1] if name in ("index", "index_put_") else ())
+        if index is not None and index.dtype == torch.bool
+    ]
+    return name in _WAITS or bool(booleans)
+
 
 class Recorded:
     """Stands for a `torch.cuda.CUDAGraph`."""

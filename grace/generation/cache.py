@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -10,20 +10,10 @@ from torch import Tensor
 from transformers.cache_utils import StaticCache, StaticLayer
 
 
-class User(Protocol):
-    """Who has views of a `Storage`: ``index`` names its part, `forget` is told when that moves."""
-
-    index: int
-
-    def forget(self, kind: str) -> None:
-        """The memory of ``kind`` is no more."""
-
-
 class Storage:
     """Keys and values of every decoder layer, as flat memory that grows to the largest need.
 
-    Only one batch is decoded at a time, so caches of all sizes lie in the same memory. Prompts have
-    another one for theirs.
+    Only one batch is decoded at a time, so caches of all sizes lie in the same memory.
 
     Attributes:
         version: grows when memory moves; graphs that were captured before then point nowhere.
@@ -32,10 +22,10 @@ class Storage:
     def __init__(self) -> None:
         self.version = 0
         self._flat: dict[tuple[int, str], Tensor] = {}
-        self._users: WeakSet[User] = WeakSet()
+        self._users: WeakSet[SharedLayer] = WeakSet()
 
-    def view(self, user: User, kind: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """Memory of a user's ``kind`` as ``shape``, in dtype and on device of ``like``."""
+    def view(self, user: SharedLayer, kind: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """Memory of a layer's keys or values as ``shape``, in dtype and on device of ``like``."""
         key, need = (user.index, kind), torch.Size(shape).numel()
         held = self._flat.get(key)
         if held is None or held.numel() < need or (held.dtype, held.device) != _place(like):

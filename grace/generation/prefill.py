@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from grace.generation import fast, prompts
-from grace.generation.cache import SharedCache, Storage
+from grace.generation.cache import SharedCache
 from grace.generation.graphs import captured
 from grace.generation.layers import replaced
 
 logger = logging.getLogger(__name__)
 
 _BUCKETS = 8  # that are kept, with their graphs
+_MOST_TOKENS = 8192  # of all rows of a bucket: more of them keep a GPU busy without a graph
+_POSITIONAL = "its language model is called with positional arguments"
 _ADDS = "_deepstack_process"  # of a language model: adds features of images, found by a mask
 
 
@@ -27,7 +29,9 @@ class Prefill:
 
     Images, embeddings and what merges them run as ever. What the language model is then given is
     copied into the buffers of a *bucket*: the rows of the cache, tokens up to a multiple of
-    ``step``. The layers run on those, at first as they are, then as a CUDA graph.
+    ``step``. The layers run on those, at first as they are, then as a CUDA graph: both give the
+    same. Prompts that do not fit run as they are, and the log (WARNING) says why, once; so do those
+    of more than 8192 tokens in all rows, which a graph would not make faster.
 
     Args:
         model: of transformers, with static decode steps (`checks.why_plain`).
@@ -37,7 +41,6 @@ class Prefill:
     def __init__(self, model: Any, step: int) -> None:
         self._model, self._step = model, step
         self._decoder: nn.Module = model.get_decoder()
-        self._memory = Storage()
         self._buckets: OrderedDict[Any, _Bucket] = OrderedDict()
         self._last: _Bucket | None = None
         self._told: set[str] = set()
@@ -48,10 +51,11 @@ class Prefill:
         self._last, forward = None, self._decoder.forward
 
         def through(*args: Any, **arguments: Any) -> Any:
-            prompt = prompts.read(arguments, cache) if not args else "it has positional arguments"
-            if isinstance(prompt, prompts.Prompt):
+            prompt = prompts.read(arguments, cache) if not args else _POSITIONAL
+            if isinstance(prompt, str):
+                self._tell(prompt)
+            elif self._length(prompt, cache) * cache.batch <= _MOST_TOKENS:
                 return self._run(prompt, cache, forward)
-            self._tell(prompt)
             return forward(*args, **arguments)
 
         with replaced([(self._decoder, "forward", through)]):
@@ -63,19 +67,22 @@ class Prefill:
         """Hidden states [rows, 1, hidden] of the last token, which is all that the head needs."""
         bucket = self._last = self._bucket(prompt, cache)
         bucket.buffers.load(prompt)
-        if not bucket.is_captured(self._versions(bucket)):
+        if bucket.is_captured():
+            bucket.graph.replay()
+        else:
             with self._as_captured(bucket):
                 bucket.step(forward)
-        elif bucket.graph is not None:
-            bucket.graph.replay()
         hidden: Any = bucket.hidden[: prompt.rows]
         return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
 
+    def _length(self, prompt: prompts.Prompt, cache: SharedCache) -> int:
+        return min(-(-prompt.tokens // self._step) * self._step, cache.length)
+
     def _bucket(self, prompt: prompts.Prompt, cache: SharedCache) -> _Bucket:
-        length = min(-(-prompt.tokens // self._step) * self._step, cache.length)
+        length = self._length(prompt, cache)
         key = (cache, length, prompt.kind)
         if key not in self._buckets:
-            self._buckets[key] = _Bucket(prompts.Buffers(cache, length, self._memory))
+            self._buckets[key] = _Bucket(prompts.Buffers(cache, length))
             if len(self._buckets) > _BUCKETS:
                 self._buckets.popitem(last=False)
         self._buckets.move_to_end(key)
@@ -88,7 +95,7 @@ class Prefill:
         holds the same keys and values afterwards.
         """
         bucket = self._last
-        if bucket is None or bucket.is_captured(self._versions(bucket)):
+        if bucket is None or bucket.is_captured():
             return
         cache, length, forward = bucket.buffers.cache, bucket.buffers.length, self._decoder.forward
         cache.filling = True
@@ -98,12 +105,8 @@ class Prefill:
                 bucket.graph = captured(lambda: bucket.step(forward), device, pool, lambda: None)
         finally:
             cache.filling = False
-        bucket.versions = self._versions(bucket)
+        bucket.version = cache.storage.version
         logger.info("captured the prompt of %d rows and %d tokens", cache.batch, length)
-
-    def _versions(self, bucket: _Bucket) -> tuple[int, int]:
-        """Of all memory that a graph works on."""
-        return bucket.buffers.cache.storage.version, self._memory.version
 
     @contextlib.contextmanager
     def _as_captured(self, bucket: _Bucket) -> Iterator[None]:
@@ -130,12 +133,12 @@ class _Bucket:
     def __init__(self, buffers: prompts.Buffers) -> None:
         self.buffers = buffers
         self.graph: Any = None
-        self.versions: tuple[int, int] | None = None
+        self.version = -1  # of the storage that the graph works on
         self.hidden: Tensor
 
-    def is_captured(self, versions: tuple[int, int]) -> bool:
-        """Whether its graph works on the memory of these versions; drops one that does not."""
-        if self.graph is not None and self.versions != versions:
+    def is_captured(self) -> bool:
+        """Whether there is a graph, which is dropped where the cache's memory moved."""
+        if self.version != self.buffers.cache.storage.version:
             self.graph = None
         return self.graph is not None
 

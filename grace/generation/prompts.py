@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grace.generation.cache import SharedCache, Storage
+from grace.generation.cache import SharedCache
 
 _READ = ("inputs_embeds", "position_ids", "attention_mask", "past_key_values")
 _FEATURES = ("visual_pos_masks", "deepstack_visual_embeds")  # of Qwen3-VL's first layers
@@ -86,22 +86,17 @@ class Buffers:
         arguments: of the language model's forward.
     """
 
-    index = 0  # of a `Storage`'s user
-
-    def __init__(self, cache: SharedCache, length: int, memory: Storage) -> None:
+    def __init__(self, cache: SharedCache, length: int) -> None:
         device = cache.position.device
-        self.cache, self.length, self._memory = cache, length, memory
+        self.cache, self.length = cache, length
         self._places = torch.arange(length, device=device).view(1, 1, -1, 1)
         self.real = torch.ones(1, 1, length, 1, dtype=torch.bool, device=device)
         self.last = torch.zeros(1, dtype=torch.int64, device=device)
         self.arguments: dict[str, Any] = {}
-
-    def forget(self, kind: str) -> None:
-        """Memory moves: it is asked for again with each prompt."""
-        self.arguments = {}
+        self._held: dict[str, Tensor] = {}
 
     def load(self, prompt: Prompt) -> None:
-        """Takes a prompt; nothing of what lay in the memory stays."""
+        """Takes a prompt, always of one `Prompt.kind`; nothing of the one before stays."""
         batch, length, given = self.cache.batch, self.length, prompt.positions
         embeds = self._take("embeds", (batch, length, prompt.embeds.shape[2]), prompt.embeds)
         positions = self._take("positions", (*given.shape[:-2], batch, length), given)
@@ -121,7 +116,10 @@ class Buffers:
         }
 
     def _take(self, kind: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        return self._memory.view(self, kind, shape, like)
+        """A buffer, which everything is written to."""
+        if kind not in self._held:
+            self._held[kind] = torch.empty(shape, dtype=like.dtype, device=like.device)
+        return self._held[kind]
 
     def _mask(self, given: Tensor) -> Tensor:
         """The prompt's mask; places behind it see themselves, so that no softmax is of nothing."""
