@@ -56,8 +56,8 @@ class Generator:
             Results are the same up to rounding; with ``compile`` it has no use.
         prefill_step: runs the language model's part of a prompt on static buffers, too, and as a
             CUDA graph from the second prompt of a size on; a prompt is filled up on its right to a
-            multiple of this many tokens, as 128. None: prompts run as they are, which is better
-            where nearly each has another size. Results are the same up to rounding.
+            multiple of this many tokens, as 128. Results are the same up to rounding. None: prompts
+            run as they are.
 
     Attributes:
         timing: of the last call (`Timing`), None before.

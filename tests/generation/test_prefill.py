@@ -125,6 +125,11 @@ def test_rows_are_filled_up(count: int, recorded_graphs: list[Recorded]) -> None
             assert torch.equal(theirs, ours)
         (bucket,) = buckets_of(generator)
         assert bucket.buffers.cache.batch == {1: 1, 2: 2, 3: 4, 5: 8}[count]
+        embeds = bucket.buffers.arguments["inputs_embeds"]
+        assert torch.equal(embeds[count:], embeds[:1].expand_as(embeds[count:]))
+        if padding:  # places behind a prompt see themselves: no softmax is of nothing
+            seen = bucket.buffers.arguments["attention_mask"][:, 0, ids.shape[1] :]
+            assert (seen.sum(dim=-1) == 1).all()
 
 
 @pytest.mark.parametrize("kind", ["llava", "qwen3_vl"])
