@@ -15,12 +15,12 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from grace.generation import checks, fast
 from grace.generation.answer import Answer
 from grace.generation.cache import SharedCache, Storage
-from grace.generation.head import quantize_head
 from grace.generation.layers import known_layers
 from grace.generation.prefill import Prefill
 from grace.generation.reports import Reports
 from grace.generation.steps import StaticSteps
 from grace.generation.timing import Timing
+from grace.nn.head import check_head, quantize_head
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +92,7 @@ class Generator:
         self.capture = cuda if capture is None else capture
         self.attention = fast.known_attention(attention, model)
         if lm_head_bits is not None:
+            check_head("Generator", model, lm_head_bits)
             quantize_head(model, lm_head_bits)
         self.layers = known_layers(layers, model)
         self._forward = fast.decode_forward(model, compile)
