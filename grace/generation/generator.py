@@ -30,10 +30,11 @@ _SIZES = 8  # of batch and cache that are kept, with their graphs
 class Generator:
     """Generates as ``model.generate`` does, token for token, with less between the products.
 
-    The prompt goes through the model as ever, images included. Each decode step is one CUDA graph:
-    the model on a static cache, the mask, the positions and, where the likeliest token is taken,
-    the choice. The host learns of tokens and of the end one step late, and never makes the device
-    wait. Where nothing can be captured (a CPU, sliding windows, …) the same loop runs without.
+    The prompt goes through the model as ever, images included (but see ``prefill_step``). Each
+    decode step is one CUDA graph: the model on a static cache, the mask, the positions and, where
+    the likeliest token is taken, the choice. The host learns of tokens and of the end one step
+    late, and never makes the device wait. Where nothing can be captured (a CPU, sliding windows, …)
+    the same loop runs without.
 
     One generator serves one call at a time; calls of other threads wait. Its caches lie in one
     memory, as large as the largest batch so far needed.

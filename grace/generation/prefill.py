@@ -31,7 +31,7 @@ class Prefill:
     copied into the buffers of a *bucket*: the rows of the cache, tokens up to a multiple of
     ``step``. The layers run on those, at first as they are, then as a CUDA graph: both give the
     same. Prompts that do not fit run as they are, and the log (WARNING) says why, once; so do those
-    of more than 8192 tokens in all rows, which a graph would not make faster.
+    of more than 8192 tokens in all rows of a bucket, for which launches matter little.
 
     Args:
         model: of transformers, with static decode steps (`checks.why_plain`).

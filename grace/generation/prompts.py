@@ -69,6 +69,8 @@ def read(arguments: Mapping[str, Any], cache: SharedCache) -> Prompt | str:
     places, features = (arguments.get(name) for name in _FEATURES)
     if (places is None) != (features is None):
         return f"its language model takes one of {' and '.join(_FEATURES)}"
+    if places is not None and places.shape != (rows, tokens):
+        return f"its language model takes no {_FEATURES[0]} [rows, tokens]"
     positions = positions.expand(*positions.shape[:-2], rows, tokens)
     rest_of = tuple(sorted(rest.items()))
     return Prompt(embeds, positions, mask, key, tuple(features or ()), places, rest_of)

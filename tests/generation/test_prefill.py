@@ -275,6 +275,10 @@ def test_language_models_that_take_more_run_as_they_are(
         ({"attention_mask": torch.ones(2, 5)}, r"no mask \[rows, 1, tokens, tokens\]"),
         ({"attention_mask": {"a": None, "b": None}}, r"no mask \[rows, 1, tokens, tokens\]"),
         ({"visual_pos_masks": torch.ones(2, 5)}, "one of visual_pos_masks and deepstack"),
+        (
+            {"visual_pos_masks": torch.ones(2, 4), "deepstack_visual_embeds": []},
+            r"no visual_pos_masks \[rows, tokens\]",
+        ),
         ({"hooks": [1]}, "takes hooks"),
     ],
 )
