@@ -58,12 +58,16 @@ def _ours(packed: bool, default: bool = True, **options: Any) -> Side:
     return Side(make, packed, "compile" in options, default, options)
 
 
+PREFILL_STEP = 128
+
 # In the order they are run: the dense ones, the packed ones, and last what changes the model again.
 SIDES: dict[str, Side] = {
     "bf16": Side(_plain, warm_up=1),
     "bf16 static compiled": Side(_static, compiled=True),
     "bf16 graph": _ours(packed=False),
+    "bf16 graph prefill": _ours(packed=False, prefill_step=PREFILL_STEP),
     "grace": _ours(packed=True),
+    "grace graph prefill": _ours(packed=True, prefill_step=PREFILL_STEP),
     "grace grouped": _ours(packed=True, default=False, attention="grouped"),
     "grace flex": _ours(packed=True, default=False, attention="flex"),
     "grace flash": _ours(packed=True, default=False, attention="flash"),

@@ -15,6 +15,7 @@ from grace.log_scale import init_log_scale
 from grace.nn import FakeQuantLinear, PackedLinear
 from grace.nn import fuse as nn_fuse
 from grace.nn.fake_quant_linear import Product
+from grace.nn.head import check_head, quantize_head
 from grace.ops.fake_quant import groups_of
 
 __all__ = ["decoder_linears", "init_log_scale", "pack", "quantize"]
@@ -133,25 +134,29 @@ def _check_override(
         raise ValueError(f"quantize: overrides must match {kind} of the model, got {pattern!r}")
 
 
-def pack(model: nn.Module, *, fuse: bool = False) -> list[str]:
+def pack(model: nn.Module, *, fuse: bool = False, lm_head_bits: int | None = None) -> list[str]:
     """Replaces every `FakeQuantLinear` by a `PackedLinear` of the same codes and scales, in place.
 
     Args:
         model: a model that `quantize` prepared.
         fuse: then let layers of one input run as one call (`grace.nn.fuse`). Not unless asked for:
             it replaces MLP modules, and hooks on projections added later may not run.
+        lm_head_bits: 8 packs the output head, too, to nearest (`grace.nn.quantize_head`): it
+            **changes logits**, and the model must not be saved then.
 
     Returns:
-        Names of the layers replaced.
+        Names of the layers replaced, the head not among them.
 
     Raises:
         ValueError: a layer of neither 4 nor 8 bits, linears that servers fuse with unlike schemes,
-            or nothing to pack. The model is then unchanged.
+            nothing to pack, or a head that cannot be packed. The model is then unchanged.
     """
     layers = {n: m for n, m in model.named_modules() if isinstance(m, FakeQuantLinear)}
     if not layers:
         raise ValueError("pack: model must hold FakeQuantLinear layers, got none")
     check_packable("pack", model)
+    if lm_head_bits is not None:
+        check_head("pack", model, lm_head_bits)
     config = packed_config(model)
     for name, layer in layers.items():
         packed = PackedLinear.from_codes(
@@ -159,6 +164,8 @@ def pack(model: nn.Module, *, fuse: bool = False) -> list[str]:
         )
         model.set_submodule(name, packed)
     _record(model, config)
+    if lm_head_bits is not None:
+        quantize_head(model, lm_head_bits)
     if fuse:
         nn_fuse(model)
     return list(layers)

@@ -61,6 +61,13 @@ def both(
     return theirs, generator.generate(**inputs, max_new_tokens=NEW, **arguments)
 
 
+def capturing(model: Any, **options: Any) -> Generator:
+    """A generator that captures on a CPU, too: for the fixture `recorded_graphs`."""
+    generator = Generator(model, **options)
+    generator.capture, generator._lag = True, 1
+    return generator
+
+
 class Forced(LogitsProcessor):
     """Keeps the logits of every step, and asks for tokens one after the other."""
 

@@ -16,6 +16,30 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+_WAITS = (
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "item",
+    "_unique2",
+    "lift_fresh",
+    "masked_scatter_",
+    "repeat_interleave",
+    "bincount",
+    "equal",
+)
+
+
+def waits(function: Any, args: tuple) -> bool:
+    """Whether a call makes the host wait for a GPU, or brings it values from Python."""
+    name = function.overloadpacket.__name__
+    booleans = [
+        index
+        for index in (args[1] if name in ("index", "index_put_") else ())
+        if index is not None and index.dtype == torch.bool
+    ]
+    return name in _WAITS or bool(booleans)
+
 
 class Recorded:
     """Stands for a `torch.cuda.CUDAGraph`."""
@@ -67,7 +91,9 @@ class _Stream:
 @contextlib.contextmanager
 def _capture(graph: Recorded, pool: Any, capture_error_mode: str) -> Iterator[None]:
     assert (pool, capture_error_mode) == ("pool", "thread_local")
-    with _Recorder(graph):
+    with _Recorder(graph), pytest.MonkeyPatch.context() as patch:
+        # transformers looks at it, and makes masks then that it would not make otherwise.
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         yield
 
 

@@ -24,7 +24,7 @@ def chat(
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16, float32.")] = "auto",
     device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
     fuse: Annotated[bool, typer.Option(help="Run packed layers of one input as one.")] = True,
-    head_bits: Annotated[
+    lm_head_bits: Annotated[
         int | None, typer.Option(help="8: output head at 8 bits; changes logits.")
     ] = None,
 ) -> None:
@@ -41,7 +41,9 @@ def chat(
 
     from grace.generation import Generator
 
-    generator = Generator(network, max_batch_size=1, max_length=max_length, lm_head_bits=head_bits)
+    generator = Generator(
+        network, max_batch_size=1, max_length=max_length, lm_head_bits=lm_head_bits
+    )
     options = {"max_new_tokens": max_new_tokens, **_serving.sampling(temperature, top_p)}
     conversation = Conversation(generator, processor, options)
     conversation.pending = pictures

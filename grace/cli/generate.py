@@ -20,7 +20,7 @@ def generate(
     compile: Annotated[
         bool, typer.Option("--compile", help="torch.compile decode steps first: slow to start.")
     ] = False,
-    head_bits: Annotated[
+    lm_head_bits: Annotated[
         int | None, typer.Option(help="8: output head at 8 bits; changes logits.")
     ] = None,
 ) -> None:
@@ -35,7 +35,7 @@ def generate(
 
     from grace.generation import Generator
 
-    generator = Generator(network, max_batch_size=1, compile=compile, lm_head_bits=head_bits)
+    generator = Generator(network, max_batch_size=1, compile=compile, lm_head_bits=lm_head_bits)
     messages = [_serving.user_turn(prompt, len(pictures))]
     inputs = _serving.inputs_of(network, processor, messages, pictures)
     if seed is not None:

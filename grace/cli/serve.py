@@ -12,6 +12,9 @@ def serve(
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16, float32.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     fuse: Annotated[bool, typer.Option(help="Run packed layers of one input as one.")] = True,
+    lm_head_bits: Annotated[
+        int | None, typer.Option(help="8: output head at 8 bits; changes logits.")
+    ] = None,
     compile: Annotated[bool, typer.Option(help="Compile the decode step.")] = False,
     continuous_batching: Annotated[
         bool, typer.Option(help="Batch requests as they come (text models).")
@@ -33,12 +36,15 @@ def serve(
     levels = ("debug", "info", "warning", "error", "critical")
     if log_level not in levels:
         raise ValueError(f"serve: log_level must be one of {', '.join(levels)}, got {log_level!r}")
+    if lm_head_bits not in (None, 8):
+        raise ValueError(f"serve: lm_head_bits must be 8, got {lm_head_bits}")
     require_checkpoint(model)
     _require_port(host, port)
     with bad_config_told(f"serve: {model} must be a model that transformers serves"):
         serving.serve(
             model,
             fuse=fuse,
+            lm_head_bits=lm_head_bits,
             host=host,
             port=port,
             dtype=dtype,

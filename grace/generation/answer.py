@@ -48,10 +48,12 @@ class Answer:
         self.owner, self.model = owner, owner.model
         static = owner.steps_for(self.rows, self.criteria.max_length)
         self.clock.mark("start")
-        logits, arguments = self._fill(static, arguments)
+        with owner.filling(static):
+            logits, arguments = self._fill(static, arguments)
         steps = self._first(static, logits, arguments)
         self.clock.mark("first")
         ended = self._post(steps)
+        owner.capture_prompt()
         if self.new > 1 and not ended:
             with (
                 fast.attending(self.model, owner.attention),

@@ -95,7 +95,7 @@ class SharedLayer(StaticLayer):
                 self.lazy_initialization(key_states, value_states)
             rows, _, tokens, _ = key_states.shape
             for held, new in ((self.keys, key_states), (self.values, value_states)):
-                held[:rows, :, :tokens].copy_(new)
+                self._owner.put(held[:rows, :, :tokens], new)
                 held[:rows, :, tokens:].zero_()  # a NaN of an earlier call would show through
             return key_states, value_states
         self.keys.index_copy_(2, self._owner.position, key_states)
@@ -117,7 +117,11 @@ class SharedCache(StaticCache):
     Attributes:
         position: int64 [1] on the device: where the next token goes. Whoever decodes moves it on.
         filling: whether the prompt goes through the model, or a decode step.
+        real: bool [1, 1, tokens, 1] on the device: which of the tokens that fill the cache are the
+            prompt's; others are left out. None: all.
     """
+
+    real: Tensor | None = None
 
     def __init__(
         self, layers: int, batch: int, length: int, storage: Storage, device: torch.device
@@ -127,3 +131,13 @@ class SharedCache(StaticCache):
         self.filling = True
         made: list[Any] = [SharedLayer(self, index) for index in range(layers)]
         super(StaticCache, self).__init__(layers=made)
+        self._zeros: dict[torch.dtype, Tensor] = {}
+
+    def put(self, into: Tensor, new: Tensor) -> None:
+        """Copies keys or values of a prompt; zeros stand for what is not real."""
+        if self.real is None:
+            into.copy_(new)
+            return
+        if new.dtype not in self._zeros:
+            self._zeros[new.dtype] = new.new_zeros(())
+        torch.where(self.real, new, self._zeros[new.dtype], out=into)

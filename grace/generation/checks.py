@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
 from transformers.generation import GenerationMode
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 
@@ -80,6 +81,16 @@ def why_plain(model: Any) -> str:
     if text._attn_implementation not in ("sdpa", "eager"):
         return f"its attention is {text._attn_implementation}"
     return ""
+
+
+def why_eager_prompts(model: Any) -> str:
+    """Why the language model's part of a prompt cannot run on buffers; empty where it can."""
+    decoder = model.get_decoder()
+    layers = getattr(decoder, "layers", None)
+    if decoder is model or not isinstance(layers, nn.ModuleList):
+        return "its language model is no module of its own with layers"
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    return "" if len(layers) == count else f"its language model has {len(layers)} layers"
 
 
 def _plain_attention(text: Any) -> bool:

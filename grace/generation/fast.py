@@ -101,6 +101,14 @@ def known_attention(name: str | None, model: Any) -> str | None:
     return _OURS + name
 
 
+def without_masks() -> str:
+    """The name of sdpa by which transformers makes no masks, but attends causally where none are
+    given. Of sdpa by its own name it makes them always while a graph is captured."""
+    name = _OURS + "causal"
+    ALL_ATTENTION_FUNCTIONS.register(name, ALL_ATTENTION_FUNCTIONS["sdpa"])
+    return name
+
+
 @contextlib.contextmanager
 def attending(model: Any, name: str | None) -> Iterator[None]:
     """Lets the language model attend by ``name`` inside; vision towers and prompts are outside."""

@@ -15,11 +15,12 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from grace.generation import checks, fast
 from grace.generation.answer import Answer
 from grace.generation.cache import SharedCache, Storage
-from grace.generation.head import quantize_head
 from grace.generation.layers import known_layers
+from grace.generation.prefill import Prefill
 from grace.generation.reports import Reports
 from grace.generation.steps import StaticSteps
 from grace.generation.timing import Timing
+from grace.nn.head import check_head, quantize_head
 
 logger = logging.getLogger(__name__)
 
@@ -29,10 +30,11 @@ _SIZES = 8  # of batch and cache that are kept, with their graphs
 class Generator:
     """Generates as ``model.generate`` does, token for token, with less between the products.
 
-    The prompt goes through the model as ever, images included. Each decode step is one CUDA graph:
-    the model on a static cache, the mask, the positions and, where the likeliest token is taken,
-    the choice. The host learns of tokens and of the end one step late, and never makes the device
-    wait. Where nothing can be captured (a CPU, sliding windows, …) the same loop runs without.
+    The prompt goes through the model as ever, images included (but see ``prefill_step``). Each
+    decode step is one CUDA graph: the model on a static cache, the mask, the positions and, where
+    the likeliest token is taken, the choice. The host learns of tokens and of the end one step
+    late, and never makes the device wait. Where nothing can be captured (a CPU, sliding windows, …)
+    the same loop runs without.
 
     One generator serves one call at a time; calls of other threads wait. Its caches lie in one
     memory, as large as the largest batch so far needed.
@@ -53,6 +55,10 @@ class Generator:
         layers: what computes RMS norms of decode steps: "torch" (its fused norm), or "liger", which
             does rotary embeddings, too, and must be installed (``pip install grace-vlm[fast]``).
             Results are the same up to rounding; with ``compile`` it has no use.
+        prefill_step: runs the language model's part of a prompt on static buffers, too, and as a
+            CUDA graph from the second prompt of a size on; a prompt is filled up on its right to a
+            multiple of this many tokens, as 128. Results are the same up to rounding. None: prompts
+            run as they are.
 
     Attributes:
         timing: of the last call (`Timing`), None before.
@@ -73,6 +79,7 @@ class Generator:
         attention: str | None = None,
         lm_head_bits: int | None = None,
         layers: str | None = None,
+        prefill_step: int | None = None,
     ) -> None:
         checks.check_model(model)
         self.model, self.device = model, model.device
@@ -86,6 +93,7 @@ class Generator:
         self.capture = cuda if capture is None else capture
         self.attention = fast.known_attention(attention, model)
         if lm_head_bits is not None:
+            check_head("Generator", model, lm_head_bits)
             quantize_head(model, lm_head_bits)
         self.layers = known_layers(layers, model)
         self._forward = fast.decode_forward(model, compile)
@@ -94,6 +102,7 @@ class Generator:
         self._why_plain = checks.why_plain(model)
         if self._why_plain:
             logger.warning("Generator: decodes as transformers does: %s", self._why_plain)
+        self._prefill = None if prefill_step is None else self._prefill_of(prefill_step)
         self._lock = threading.Lock()
         self._storage = Storage()
         self._sizes: OrderedDict[tuple[int, int], StaticSteps] = OrderedDict()
@@ -133,6 +142,15 @@ class Generator:
         # Buffers are written to by later calls, which need not be in inference mode.
         with self._lock, self._on_device(), torch.inference_mode(False), torch.no_grad():
             return self.model.generate(custom_generate=decode, streamer=streamer, **given)
+
+    def _prefill_of(self, step: int) -> Prefill | None:
+        """What prompts go through; None, and a warning, for a model whose prompts cannot."""
+        step = checks.at_least_1("prefill_step", step)
+        why = self._why_plain or checks.why_eager_prompts(self.model)
+        if not why:
+            return Prefill(self.model, step)
+        logger.warning("Generator: prompts run as transformers runs them: %s", why)
+        return None
 
     def _on_device(self) -> Any:
         cuda = self.device.type == "cuda"
@@ -184,6 +202,17 @@ class Generator:
                 self._sizes.popitem(last=False)
         self._sizes.move_to_end(size)
         return self._sizes[size]
+
+    def filling(self, static: StaticSteps | None) -> Any:
+        """Where the prompt goes through the model that fills these steps' cache."""
+        if self._prefill is None or static is None:
+            return contextlib.nullcontext()
+        return self._prefill.filling(static.cache)
+
+    def capture_prompt(self) -> None:
+        """Captures what the prompt went through, for the next of its size."""
+        if self._prefill is not None and self.capture:
+            self._prefill.capture(self.graph_pool())
 
     @property
     def cache_bytes(self) -> int:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from grace.generation.cache import SharedCache
+from grace.generation.graphs import captured
 
 logger = logging.getLogger(__name__)
 
-_WARM_UP = 3  # steps before a capture: lazy initialization, autotuning, compilation
 MOST_EOS = 16  # tokens that can end an answer in a graph
 # What the position ids were made of; a model that is given them does not look at it.
 _SPENT = ("image_grid_thw", "video_grid_thw", "mm_token_type_ids", "second_per_grid_ts")
@@ -184,18 +184,8 @@ class StaticSteps(Steps):
         if choose in self._graphs:
             return
         kept = [(tensor, tensor.clone()) for tensor in self._state()]
-        side = torch.cuda.Stream(self.ids.device)
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(_WARM_UP):
-                self._step(choose)
-                _restore(kept)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads may use the GPU meanwhile.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            self._step(choose)
-        _restore(kept)
+        device = self.ids.device
+        graph = captured(lambda: self._step(choose), device, pool, lambda: _restore(kept))
         self._graphs[choose] = _Graph(graph, self.logits, version)
         size = f"{self.cache.batch} rows and {self.cache.length} tokens"
         logger.info("captured the decode step of %s", size)

@@ -12,12 +12,13 @@ from typing import Any
 PACKAGES = ("fastapi", "openai", "pydantic", "uvicorn")
 
 
-def serve(model: str, *, fuse: bool = True, **options: Any) -> Any:
+def serve(model: str, *, fuse: bool = True, lm_head_bits: int | None = None, **options: Any) -> Any:
     """Serves a model over an OpenAI-compatible API until the process is told to stop.
 
     Args:
         model: directory of the checkpoint; requests name it the same way, or none.
         fuse: run packed layers of one input as one call (`grace.nn.fuse`).
+        lm_head_bits: 8 packs the output head, too (`grace.nn.quantize_head`): it changes logits.
         options: those of ``transformers serve``, by name.
 
     Returns:
@@ -38,10 +39,12 @@ def serve(model: str, *, fuse: bool = True, **options: Any) -> Any:
     import grace.nn  # also: from here on transformers loads packed models
 
     class Manager(model_manager.ModelManager):
-        """Loads as transformers' does; packed layers run fused."""
+        """Loads as transformers' does; packed layers run fused, the head as asked."""
 
         def _load_model(self, *arguments: Any, **named: Any) -> Any:
             loaded = super()._load_model(*arguments, **named)
+            if lm_head_bits is not None:
+                grace.nn.quantize_head(loaded, lm_head_bits)
             if fuse:
                 grace.nn.fuse(loaded)
             return loaded

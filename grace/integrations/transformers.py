@@ -21,6 +21,7 @@ from grace.integrations.compressed_tensors import CompressedTensorsConfig, Packe
 from grace.integrations.qat import QatConfig, QatQuantizer
 from grace.nn import PackedLinear
 from grace.nn import fuse as nn_fuse
+from grace.nn.head import check_head, quantize_head
 from grace.quantization import QAT_METHOD
 
 __all__ = ["accelerate", "register"]
@@ -44,7 +45,7 @@ def _compressed_tensors_quantizer(config: Any, **kwargs: Any) -> HfQuantizer:
     return PackedQuantizer(config, **kwargs)
 
 
-def accelerate(model: Any, *, fuse: bool = False) -> list[str]:
+def accelerate(model: Any, *, fuse: bool = False, lm_head_bits: int | None = None) -> list[str]:
     """Puts a compressed-tensors model that transformers itself loaded on grace's kernels, in place.
 
     For models loaded before ``import grace``. Call it before the first forward, at which
@@ -54,13 +55,18 @@ def accelerate(model: Any, *, fuse: bool = False) -> list[str]:
         model: a model that transformers loaded.
         fuse: then let layers of one input run as one call (`grace.nn.fuse`). Not unless asked for:
             it replaces MLP modules, and hooks on projections added later may not run.
+        lm_head_bits: 8 packs the output head, too, to nearest (`grace.nn.quantize_head`): it
+            **changes logits**, and the model must not be saved then.
 
     Returns:
-        Names of the layers replaced by `PackedLinear`.
+        Names of the layers replaced by `PackedLinear`, the head not among them.
 
     Raises:
-        ValueError: weights that are decompressed already, or not in memory.
+        ValueError: weights that are decompressed already, or not in memory; a head that cannot be
+            packed.
     """
+    if lm_head_bits is not None:
+        check_head("accelerate", model, lm_head_bits)
     layers = {n: m for n, m in model.named_modules() if hasattr(m, "quantization_scheme")}
     packed = {n: m for n, m in layers.items() if hasattr(m, "weight_packed")}
     if layers and not packed:
@@ -73,6 +79,8 @@ def accelerate(model: Any, *, fuse: bool = False) -> list[str]:
     if len(replaced) == len(layers) and hasattr(model, "ct_decompress_hook"):
         model.ct_decompress_hook.remove()
         del model.ct_decompress_hook
+    if lm_head_bits is not None:
+        quantize_head(model, lm_head_bits)
     if fuse:
         nn_fuse(model)
     return replaced

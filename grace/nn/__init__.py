@@ -3,6 +3,7 @@
 from grace.nn.fake_quant_linear import FakeQuantLinear
 from grace.nn.fused_linear import FusedLinear, PackedPart
 from grace.nn.fusion import FusedMLP, fuse, unfusable, unfuse
+from grace.nn.head import quantize_head
 from grace.nn.packed_linear import PackedLinear
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "PackedLinear",
     "PackedPart",
     "fuse",
+    "quantize_head",
     "unfusable",
     "unfuse",
 ]

@@ -28,9 +28,11 @@ def plan(**changes: Any) -> Plan:
 
 def test_every_side_that_a_cpu_has_is_measured() -> None:
     rows = list(rows_of(plan(), CPU))
-    assert [row["size"]["batch"] for row in rows] == [1, 2] * 5
+    assert [row["size"]["batch"] for row in rows] == [1, 2] * 7
     named = list(dict.fromkeys(row["side"] for row in rows))
-    assert named == ["bf16", "bf16 graph", "grace", "grace norms flash", "grace W8 head"]
+    dense, packed = ["bf16", "bf16 graph"], ["grace", "grace graph prefill"]
+    assert named[:3] == [*dense, "bf16 graph prefill"]
+    assert named[3:] == [*packed, "grace norms flash", "grace W8 head"]
     for row in rows:
         if row["side"] == "grace norms flash":
             assert row["absent"].startswith("ValueError: Generator: attention 'flash' must have")

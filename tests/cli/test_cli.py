@@ -225,7 +225,7 @@ def test_generate_samples_from_a_seed(models: Path, capsys: pytest.CaptureFixtur
         run("generate", models / "student", *options, "--max-new-tokens", 8, "--device", "cpu")
         said.append(capsys.readouterr().out)
     assert said[0] == said[1] != said[2]
-    assert run("generate", models / "student", "--prompt", "?", "--head-bits", 4) == 2
+    assert run("generate", models / "student", "--prompt", "?", "--lm-head-bits", 4) == 2
     assert "lm_head_bits must be 8, got 4" in capsys.readouterr().err
 
 

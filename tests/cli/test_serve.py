@@ -118,20 +118,18 @@ def test_another_model_is_not_loaded_on_demand(url: str, rows: list[Any]):
 
 
 @needs_server
-@pytest.mark.parametrize("fuse", [True, False])
-def test_the_model_that_is_served_is_packed(
-    fuse: bool, packed: Path, monkeypatch: pytest.MonkeyPatch
-):
-    served = serving.serve(
-        str(packed), fuse=fuse, port=free_port(), device="cpu", non_blocking=True
-    )
+@pytest.mark.parametrize(("fuse", "bits"), [(True, None), (False, None), (True, 8)])
+def test_the_model_that_is_served_is_packed(fuse: bool, bits: int | None, packed: Path):
+    options = {"port": free_port(), "device": "cpu", "non_blocking": True}
+    served = serving.serve(str(packed), fuse=fuse, lm_head_bits=bits, **options)
     try:
         (loaded,) = served._model_manager.loaded_models.values()
         layers = [m for m in loaded.model.modules() if isinstance(m, grace.nn.FusedLinear)]
         assert len(layers) == 6 * fuse
         assert grace.nn.unfuse(loaded.model) == [] or fuse
         packed_ones = [m for m in loaded.model.modules() if isinstance(m, grace.nn.PackedLinear)]
-        assert len(packed_ones) == 21
+        assert len(packed_ones) == 21 + (bits == 8)
+        assert isinstance(loaded.model.lm_head, grace.nn.PackedLinear) == (bits == 8)
     finally:
         served.kill_server()
 
@@ -140,6 +138,7 @@ def test_the_model_that_is_served_is_packed(
     ("arguments", "message"),
     [
         (["--dtype", "int4"], "serve: dtype must be one of auto, bfloat16, float16, float32"),
+        (["--lm-head-bits", "4"], "serve: lm_head_bits must be 8, got 4"),
         (["--log-level", "loud"], "serve: log_level must be one of debug, info"),
         (["--port", "0"], "--port"),
         (["--host", "203.0.113.1"], "serve: 203.0.113.1:8000 must be free to listen at, got"),

@@ -50,6 +50,55 @@ def test_a_replay_is_the_step_bit_for_bit(kind: str) -> None:
     assert torch.equal(captured, eager)
 
 
+def shorter(inputs: dict[str, Tensor], less: int) -> dict[str, Tensor]:
+    """Without as many of the last words."""
+    cut = ("input_ids", "attention_mask", "mm_token_type_ids")
+    return {k: v[:, : v.shape[1] - less] if k in cut else v for k, v in inputs.items()}
+
+
+@pytest.mark.parametrize("kind", families.FAMILIES)
+def test_captured_prompts_say_the_same(kind: str) -> None:
+    """One after another in a bucket with a mask, and in one without."""
+    model: Any = made(kind).cuda()
+    generator = Generator(model, prefill_step=64, length_step=64)
+    for padded in (True, False):
+        for less in (0, 1, 0, 2):
+            inputs = shorter(on_gpu(asked(kind, padded), torch.float32), less)
+            theirs, ours = both(model, generator, inputs, **GREEDY, disable_compile=True)
+            assert torch.equal(theirs, ours), (padded, less)
+    buckets = list(generator._prefill._buckets.values())
+    assert [bucket.is_captured() for bucket in buckets] == [True, True]
+
+
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("kind", ["llava", "qwen2_vl", "qwen3_vl"])
+def test_a_replayed_prompt_is_the_prompt_bit_for_bit(kind: str, padded: bool) -> None:
+    model: Any = made(kind, packed=True).bfloat16().cuda()
+    inputs = on_gpu(asked(kind, padded), torch.bfloat16)
+    generator = Generator(model, prefill_step=64)
+    eager = logits_of(Generator(model, prefill_step=64, capture=False).generate, inputs)
+    for _ in range(3):
+        assert torch.equal(logits_of(generator.generate, inputs), eager)
+    usual = logits_of(Generator(model).generate, inputs)
+    noise = (usual - logits_of(model.generate, inputs)).abs().max()
+    assert (eager - usual).abs().max() <= 4 * noise + 0.02 * usual.abs().max()
+
+
+def test_a_captured_prompt_attends_without_masks() -> None:
+    """By a kernel that takes none, as a prompt that is not captured; without images, whose tower
+    attends by the same."""
+    model: Any = made("llava", hidden_size=256).bfloat16().cuda()  # heads of 64
+    given = on_gpu(asked("llava", padded=False), torch.bfloat16)
+    inputs = {name: given[name][:, -4:] for name in ("input_ids", "attention_mask")}
+    generator = Generator(model, prefill_step=64)
+    generator.generate(**inputs, max_new_tokens=1, **GREEDY)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        generator.generate(**inputs, max_new_tokens=1, **GREEDY)
+        torch.cuda.synchronize()
+    kernels = [event.key.lower() for event in profile.key_averages()]
+    assert any("flash" in kernel or "cudnn" in kernel for kernel in kernels), kernels
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -81,10 +130,11 @@ def test_other_ways_to_compute_a_step(kind: str, options: dict[str, Any]) -> Non
     assert (ours - usual).abs().max() <= 4 * noise + 0.02 * usual.abs().max()
 
 
-def test_memory_is_that_of_the_largest_batch() -> None:
+@pytest.mark.parametrize("options", [{}, {"prefill_step": 64}], ids=["", "prefill"])
+def test_memory_is_that_of_the_largest_batch(options: dict[str, Any]) -> None:
     model: Any = made("llava", packed=True).bfloat16().cuda()
     inputs = on_gpu(asked("llava"), torch.bfloat16)
-    generator = Generator(model)
+    generator = Generator(model, **options)
     for _ in range(3):
         generator.generate(**inputs, max_new_tokens=NEW, **GREEDY)
     before = torch.cuda.memory_allocated()

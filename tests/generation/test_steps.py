@@ -7,8 +7,8 @@ from typing import Any
 import families
 import pytest
 import torch
-from generating import GREEDY, NEW, SAMPLED, asked, both, made
-from recorded_graphs import Recorded
+from generating import GREEDY, NEW, SAMPLED, asked, both, capturing, made
+from recorded_graphs import Recorded, waits
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import grace.generation.generator
@@ -20,19 +20,6 @@ from grace.generation import Generator
 class _Watch(TorchDispatchMode):
     """Collects calls that make the host wait for a GPU, or bring it values from Python."""
 
-    WAITS = (
-        "_local_scalar_dense",
-        "nonzero",
-        "masked_select",
-        "item",
-        "_unique2",
-        "lift_fresh",
-        "masked_scatter_",
-        "repeat_interleave",
-        "bincount",
-        "equal",
-    )
-
     def __init__(self) -> None:
         super().__init__()
         self.found: list[str] = []
@@ -41,12 +28,7 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         name = function.overloadpacket.__name__
         self.calls.append(name)
-        booleans = [
-            index
-            for index in (args[1] if name in ("index", "index_put_") else ())
-            if index is not None and index.dtype == torch.bool
-        ]
-        if name in self.WAITS or booleans:
+        if waits(function, args):
             self.found.append(name)
         return function(*args, **(kwargs or {}))
 
@@ -81,12 +63,6 @@ def test_the_watch_sees_what_waits() -> None:
         int(x[0])
         torch.tensor(3)
     assert sorted(set(watch.found)) == ["_local_scalar_dense", "index", "lift_fresh"]
-
-
-def capturing(model: Any, **options: Any) -> Generator:
-    generator = Generator(model, **options)
-    generator.capture, generator._lag = True, 1
-    return generator
 
 
 @pytest.mark.parametrize("kind", families.FAMILIES)

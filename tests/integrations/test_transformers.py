@@ -188,6 +188,21 @@ def test_accelerate_takes_over_a_model_loaded_without_grace(group_size: int, tmp
 
 
 @pytest.mark.usefixtures("stock")
+def test_accelerate_packs_the_head_where_it_is_asked_to(tmp_path: Path):
+    model = models.llava()
+    weights = save_packed(model, tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="accelerate: lm_head_bits must be 8, got 4"):
+        grace.accelerate(loaded, lm_head_bits=4)
+    assert not packed_layers(loaded)
+    assert grace.accelerate(loaded, lm_head_bits=8) == list(weights)
+    head = packed_layers(loaded)["lm_head"]
+    assert (head.bits, head.out_features) == (8, model.lm_head.out_features)
+    error = (logits(loaded) - logits(model)).abs().max()
+    assert 0 < error < 0.05 * logits(model).abs().max()
+
+
+@pytest.mark.usefixtures("stock")
 def test_accelerate_comes_before_the_first_forward(tmp_path: Path):
     save_packed(models.qwen2(), tmp_path)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""The output head at 8 bits."""
+"""The output head at 8 bits: `quantize_head`, and what says `lm_head_bits`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from grace.log_scale import init_log_scale
-from grace.nn import PackedLinear
+from grace.nn.packed_linear import PackedLinear
 from grace.ops.quantize_pack import quantize_pack
 
 _ROWS = 16384  # of the head that are in work at once; a multiple of a tile
@@ -31,18 +31,31 @@ def quantize_head(model: Any, bits: int = 8, group_size: int = 128) -> str:
         The head's name.
 
     Raises:
-        ValueError: other bits, or a head that is not an `nn.Linear`.
+        ValueError: other bits, or a head that is not an `nn.Linear` in memory.
     """
-    if bits != 8:
-        raise ValueError(f"Generator: lm_head_bits must be 8, got {bits}")
-    head = model.get_output_embeddings()
-    if type(head) is not nn.Linear:
-        kind = type(head).__name__
-        raise ValueError(f"Generator: the output head must be an nn.Linear, got {kind}")
+    head = check_head("quantize_head", model, bits)
     group = group_size if head.in_features % group_size == 0 else -1
     name = next(n for n, module in model.named_modules() if module is head)
     model.set_submodule(name, _packed(head, bits, group))
     return name
+
+
+def check_head(where: str, model: Any, bits: Any) -> nn.Linear:
+    """The output head of a model, if it can be had at ``bits``.
+
+    Raises:
+        ValueError: other bits than 8, or a head that is not an `nn.Linear` in memory; begins with
+            ``where``.
+    """
+    if bits != 8:
+        raise ValueError(f"{where}: lm_head_bits must be 8, got {bits}")
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if type(head) is not nn.Linear:
+        kind = type(head).__name__
+        raise ValueError(f"{where}: the output head must be an nn.Linear, got {kind}")
+    if head.weight.is_meta:
+        raise ValueError(f"{where}: the output head must be in memory, got it offloaded")
+    return head
 
 
 def _packed(head: nn.Linear, bits: int, group: int) -> PackedLinear:
