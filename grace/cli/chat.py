@@ -34,7 +34,7 @@ def chat(
     of input ends it. Ctrl-C stops an answer.
     """
     from grace.cli import _serving
-    from grace.cli._models import load_model
+    from grace.models import load_model
 
     pictures = [_serving.open_picture(path) for path in image or ()]
     network, processor = load_model(model, dtype, device, fuse)

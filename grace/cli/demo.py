@@ -22,7 +22,7 @@ def demo(
     """
     import importlib.util
 
-    from grace.cli._models import load_model, require_checkpoint
+    from grace.models import load_model, require_checkpoint
 
     if len(models) > 2:
         raise ValueError(f"demo: models must be one or two, got {len(models)}")

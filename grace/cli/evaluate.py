@@ -37,7 +37,7 @@ def evaluate(
     """
     import json
 
-    from grace.cli._models import load_model
+    from grace.models import load_model
     from grace.evaluation import resume, suites
 
     chosen = suites.suite_named(suite)

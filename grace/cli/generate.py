@@ -26,7 +26,7 @@ def generate(
 ) -> None:
     """Ask a model about images; prints tokens as they come, then how fast it was."""
     from grace.cli import _serving
-    from grace.cli._models import load_model
+    from grace.models import load_model
 
     pictures = [_serving.open_picture(path) for path in image or ()]
     network, processor = load_model(model, dtype, device, fuse)

@@ -35,7 +35,7 @@ def quantize(
     """
     from grace import ptq
     from grace.checkpoint import check_target, copy_companions, written_whole
-    from grace.cli._models import load_model
+    from grace.models import load_model
     from grace.ptq.rows import calibration_batches
 
     check_target(target, overwrite)

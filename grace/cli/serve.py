@@ -27,7 +27,7 @@ def serve(
 
     Needs grace-vlm[serve].
     """
-    from grace.cli._models import DTYPES, require_checkpoint
+    from grace.models import DTYPES, require_checkpoint
     from grace.integrations import serving
     from grace.loading import bad_config_told
 

@@ -233,7 +233,7 @@ def test_packed_models_are_fused_for_serving(
     models: Path, drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     import grace
-    from grace.cli._models import load_model
+    from grace.models import load_model
     from grace.nn import FusedLinear, PackedLinear
 
     model, processor = load_model(str(models / "student"), device="cpu")

@@ -13,7 +13,7 @@ from lmms_eval.api.model import lmms
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from grace.cli._models import load_model
+from grace.models import load_model
 from grace.evaluation.answer import encode
 from grace.evaluation.decoding import Decoder
 from grace.integrations.lmms.requests import (

@@ -1,4 +1,4 @@
-"""Models by directory or hub name, as the commands load them."""
+"""Models by directory or hub name, as commands and evaluation load them."""
 
 from __future__ import annotations
 
