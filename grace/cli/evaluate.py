@@ -37,8 +37,8 @@ def evaluate(
     """
     import json
 
-    from grace.models import load_model
     from grace.evaluation import resume, suites
+    from grace.models import load_model
 
     chosen = suites.suite_named(suite)
     rows = chosen.load(benchmark, images, split)

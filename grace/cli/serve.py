@@ -27,9 +27,9 @@ def serve(
 
     Needs grace-vlm[serve].
     """
-    from grace.models import DTYPES, require_checkpoint
     from grace.integrations import serving
     from grace.loading import bad_config_told
+    from grace.models import DTYPES, require_checkpoint
 
     if dtype not in DTYPES:
         raise ValueError(f"serve: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")

@@ -13,7 +13,6 @@ from lmms_eval.api.model import lmms
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from grace.models import load_model
 from grace.evaluation.answer import encode
 from grace.evaluation.decoding import Decoder
 from grace.integrations.lmms.requests import (
@@ -23,6 +22,7 @@ from grace.integrations.lmms.requests import (
     new_tokens,
     options_of,
 )
+from grace.models import load_model
 
 
 class Grace(lmms):
