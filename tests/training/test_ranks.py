@@ -67,6 +67,7 @@ def assert_same(one: Path, two: Path, rtol: float = 1e-4, atol: float = 2e-6) ->
     "options",
     [
         pytest.param({}, id="ddp"),
+        pytest.param({"gradient_checkpointing": True}, id="ddp, quantized weights held"),
         pytest.param({**SHARDED, "gradient_checkpointing": True}, id="fsdp"),
     ],
 )
