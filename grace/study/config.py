@@ -143,9 +143,9 @@ class StudyConfig:
         batch_size: questions that are answered at once.
         save_steps: steps between checkpoints within an arm, 0: an interrupted arm begins anew.
         least_agreement: of a packed model's answers with the fake-quantized one's.
-        loader_workers: processes that read batches, an arm; processes: arms at once, 1: in this
-            process, None: as many as there are cores, or on a GPU by the models' size. Neither
-            changes a result.
+        loader_workers: processes that read batches, an arm; processes: arms at once, on
+            each GPU, 1: in this process where there is one, None: as many as there are cores, or on
+            a GPU by the models' size. Neither changes a result.
         split: what is scored: "heldout", or "validation" to tune on.
     """
 

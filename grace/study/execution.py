@@ -1,7 +1,7 @@
 """Arms of a study side by side: in processes of one thread each, or one after another.
 
 On a CPU arms run in as many processes as there are cores, as two of one thread do more than one of
-two. On a GPU small models share it and large ones take turns.
+two. On a GPU small models share it and large ones take turns; several GPUs work side by side.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from grace.study import worker
 from grace.study.arms import Arm
 from grace.study.task import METRICS, Task, finished
@@ -21,6 +23,7 @@ from grace.study.task import METRICS, Task, finished
 _SCORING_STEPS = 40
 _SMALL_BYTES = 64 * 2**20  # of both models' weights: they leave a GPU nearly idle
 _MOST_ON_GPU = 8  # processes with small models: each holds a CUDA context
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 class Progress:
@@ -65,19 +68,21 @@ def _run_wave(tasks: Sequence[Task], progress: Progress) -> dict[Task, dict[str,
 
 
 def _processes(task: Task) -> int:
-    """How many arms run at once.
+    """How many arms run at once, on all GPUs together.
 
     On a GPU a small model's steps are launches that hardly load it, so that arms side by side take
     little longer than one; a large model has the GPU for itself.
     """
-    if task.config.processes is not None:
-        return task.config.processes
     if task.device == "cpu":
-        return cores()
+        return task.config.processes or cores()
+    return (task.config.processes or _on_a_gpu(task)) * len(gpus())
+
+
+def _on_a_gpu(task: Task) -> int:
     folders = (task.model_dir(which) for which in ("teacher", "student"))
     weights = [path for folder in folders for path in folder.glob("*.safetensors")]
     small = sum(path.stat().st_size for path in weights) < _SMALL_BYTES
-    return min(cores(), _MOST_ON_GPU) if small else 1
+    return min(max(1, cores() // len(gpus())), _MOST_ON_GPU) if small else 1
 
 
 def length(task: Task) -> int:
@@ -121,12 +126,35 @@ def _in_processes(tasks: Sequence[Task], processes: int, progress: Progress) -> 
 
 
 def worker_pool(count: int) -> ProcessPoolExecutor:
-    """Processes of one thread each."""
+    """Processes of one thread each; each sees one GPU, the GPUs in turn."""
     # Half of a small model's step is page faults of tensors mapped anew: keep what was freed.
     for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
         os.environ.setdefault(name, "4000000000")
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(count, context, worker.use_one_thread)
+    places = context.Queue()
+    visible = gpus()
+    for index in range(count if visible else 0):
+        places.put(visible[index % len(visible)])
+    return ProcessPoolExecutor(count, context, _begin, (places if visible else None,))
+
+
+def _begin(places: Any) -> None:
+    """In a process of the pool: take a GPU, before anything here looks for one."""
+    if places is not None:
+        os.environ[_VISIBLE] = places.get()
+    worker.use_one_thread()
+    if places is not None and torch.cuda.device_count() > 1:
+        raise RuntimeError(
+            f"study: a process must see one GPU, got {torch.cuda.device_count()}: CUDA was started "
+            f"before {_VISIBLE} was set"
+        )
+
+
+def gpus() -> list[str]:
+    """Names of the GPUs that this process sees, as CUDA_VISIBLE_DEVICES takes them."""
+    count = torch.cuda.device_count()
+    named = [name for name in os.environ.get(_VISIBLE, "").split(",") if name.strip()]
+    return named[:count] if named else [str(index) for index in range(count)]
 
 
 def cores() -> int:
