@@ -3,7 +3,7 @@
     python studies/mid_size/run.py --out runs/mid-size            # minutes on one GPU
     python studies/mid_size/run.py --out /tmp/small --scale tiny  # seconds on a CPU: says nothing
 
-A LLaVA of 87 million parameters with random weights learns the questions of the synthetic
+A LLaVA of 88 million parameters with random weights learns the questions of the synthetic
 benchmark in full precision. It then is student and teacher: `grace train` trains its decoder at
 4 bits under the model itself (another teacher: `--teacher DIR`). Three models are scored on the
 held-out questions: the student as it was, the student rounded to nearest (RTN), and the trained
