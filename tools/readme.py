@@ -125,7 +125,8 @@ def training_step() -> str:
         head = (
             f"A step of `GraceTrainer` without its optimizer on {gpu.upper()}, ms, beside the "
             "student's fine-tuning (SFT) and the teacher's forward alone, and the paper's step in "
-            "plain PyTorch (held: quantized weights stay from forward to backward); [what the time goes to, memory, two GPUs](docs/training_step.md)."
+            "plain PyTorch (held: quantized weights stay from forward to backward); "
+            "[what the time goes to, memory, two GPUs](docs/training_step.md)."
         )
         parts.append(f"{head}\n\n{plot_training_step.time_table(steps(content))}")
     return "\n\n".join(parts)
