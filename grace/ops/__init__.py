@@ -6,6 +6,7 @@ The name ``grace.ops.<op>`` is the function; its module's other names come by
 
 from grace import _library
 from grace.ops.cka import cka
+from grace.ops.decode_attention import decode_attention
 from grace.ops.dequant_gemm import dequant_gemm, load_plans
 from grace.ops.fake_quant import fake_quant
 from grace.ops.fake_quant_many import fake_quant_many
@@ -19,6 +20,7 @@ if _library.load():
 
 __all__ = [
     "cka",
+    "decode_attention",
     "dequant_gemm",
     "fake_quant",
     "fake_quant_many",
