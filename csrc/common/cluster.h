@@ -58,6 +58,13 @@ __device__ __forceinline__ uint32_t address_in(const void* p, int rank) {
   return address_in(shared_address(p), rank);
 }
 
+// What lies there: a float that its block wrote before a barrier of the cluster.
+__device__ __forceinline__ float read_remote(uint32_t remote) {
+  float value;
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(remote) : "memory");
+  return value;
+}
+
 // Barriers, by their address in shared memory.
 __device__ __forceinline__ void init_barrier(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));

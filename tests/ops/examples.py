@@ -45,6 +45,16 @@ def search_log_scale(dtype: torch.dtype) -> Arguments:
     return torch.randn(6, 96).to(dtype), 4, 32, torch.bfloat16
 
 
+def decode_attention(dtype: torch.dtype) -> Arguments:
+    rows, heads, kv_heads, dim, length = 2, 4, 2, 64, 50
+    q, k, v = (torch.randn(rows, n, dim).to(dtype) for n in (heads, kv_heads, kv_heads))
+    cos, sin = torch.rand(2, rows, dim).to(dtype)
+    cache = torch.randn(2, rows, kv_heads, length, dim).to(dtype)
+    mask = torch.arange(length) >= torch.tensor([[0], [5]])
+    weights = torch.rand(2, dim).to(dtype)
+    return q, k, v, cos, sin, *cache, torch.tensor([40]), mask, *weights, 1e-6, dim**-0.5
+
+
 def quantize_pack(dtype: torch.dtype) -> Arguments:
     return torch.randn(70, 96).to(dtype), torch.full((70, 3), -1.5), 4, 32, torch.bfloat16
 
@@ -101,6 +111,7 @@ def dequant_gemm(dtype: torch.dtype) -> Arguments:
 EXAMPLES: dict[str, Callable[[torch.dtype], Arguments]] = {
     make.__name__: make
     for make in (
+        decode_attention,
         fake_quant,
         fake_quant_backward,
         fake_quant_many,

@@ -29,7 +29,7 @@ TRAINS = [
 ]
 COMPOSED = {name for name in OPS if _library.is_composed(name)}
 # On a GPU these take no float32: see the op's documentation.
-HALF_ONLY = {"dequant_gemm"}
+HALF_ONLY = {"decode_attention", "dequant_gemm"}
 
 
 def reference_of(name: str):

@@ -1,8 +1,8 @@
 // What the families of kernels that keep to the packed fragments share: which calls they can read,
-// the GPU they run on, and how a fragment of sums becomes output.
+// and how a fragment of sums becomes output.
 #pragma once
 
-#include "common/launch.h"
+#include "common/device.h"
 #include "ops/dequant_gemm/plans.h"
 
 namespace grace::dequant_gemm {
@@ -33,42 +33,6 @@ __device__ __forceinline__ void write_fragment(const Call<T>& call, int64_t firs
 }
 
 // --- the host's side -----------------------------------------------------------------------------
-
-struct Device {
-  int capability, processors, shared_bytes;
-  std::string name;
-
-  static const Device& of(int device);
-};
-
-#if defined(GRACE_EMULATE)
-inline const Device& Device::of(int) {
-  static const Device emulated{80, 2, 227 * 1024, "emulated"};
-  return emulated;
-}
-#else
-inline const Device& Device::of(int device) {
-  constexpr int kMost = 64;
-  static Device known[kMost];
-  STD_TORCH_CHECK(device >= 0 && device < kMost, "grace: no such device: ", device);
-  Device& d = known[device];
-  if (d.capability == 0) {
-    cudaDeviceProp properties;
-    check_cuda(cudaGetDeviceProperties(&properties, device), "reading a device's properties");
-    const auto get = [device](cudaDeviceAttr attribute) {
-      int value = 0;
-      check_cuda(cudaDeviceGetAttribute(&value, attribute, device), "reading a device attribute");
-      return value;
-    };
-    d.processors = get(cudaDevAttrMultiProcessorCount);
-    d.shared_bytes = get(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-    d.capability =
-        get(cudaDevAttrComputeCapabilityMajor) * 10 + get(cudaDevAttrComputeCapabilityMinor);
-    d.name = properties.name;
-  }
-  return d;
-}
-#endif
 
 // Whether the codes, scales and x of a call are laid out as these kernels read them.
 template <typename T>

@@ -1,0 +1,104 @@
+// Partial softmax sums become one: of the warps of a block, then of the blocks of a cluster.
+//
+// A part is, of every query head, the largest score (in units of log 2), the sum of its weights and
+// dim sums of values, all relative to that score. Parts are added in the order of warps and ranks.
+#pragma once
+
+#include "common/cluster.h"
+#include "ops/decode_attention/tile.h"
+
+namespace grace::decode_attention {
+
+struct Part {
+  float *most, *sum, *out;  // [kMostHeads], [kMostHeads], [group][dim]
+};
+
+// Floats of one part, and where part i lies.
+GRACE_HOST_DEVICE constexpr int part_floats(int group, int dim) {
+  return 2 * kMostHeads + group * dim;
+}
+__device__ __forceinline__ Part part_at(float* parts, int i, int group, int dim) {
+  float* const at = parts + i * part_floats(group, dim);
+  return {at, at + kMostHeads, at + 2 * kMostHeads};
+}
+
+template <int kDim, int kHalves, typename T>
+__device__ __forceinline__ void store_part(const Sums<kDim, kHalves, T>& sums, int group,
+                                           const Part& part) {
+  constexpr int kRun = kDim / 8;  // neighbours that a lane holds
+  const int lane = threadIdx.x % kWarpSize, tig = lane % 4;
+#pragma unroll
+  for (int r = 0; r < kHalves; ++r) {
+    float sum = sums.sum[r];
+    sum += __shfl_xor_sync(kFullWarp, sum, 1);
+    sum += __shfl_xor_sync(kFullWarp, sum, 2);
+    const int head = lane / 4 + 8 * r;
+    if (head >= group) continue;
+    if (tig == 0) {
+      part.most[head] = sums.most[r];
+      part.sum[head] = sum;
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float* const to = part.out + head * kDim + (2 * tig + i) * kRun;
+#pragma unroll
+      for (int u = 0; u < kRun; u += 4)
+        *reinterpret_cast<float4*>(to + u) = {sums.out[u][2 * r + i], sums.out[u + 1][2 * r + i],
+                                              sums.out[u + 2][2 * r + i],
+                                              sums.out[u + 3][2 * r + i]};
+    }
+  }
+}
+
+// Of parts that `most(i)`, `sum(i)` and `out(i)` give for one head and element.
+struct Total {
+  float most, sum, out;
+};
+template <typename Most, typename Sum, typename Out>
+__device__ __forceinline__ Total add_parts(int parts, Most&& most, Sum&& sum, Out&& out) {
+  Total total = {kNone, 0.0f, 0.0f};
+  for (int i = 0; i < parts; ++i) total.most = fmaxf(total.most, most(i));
+  const float base = total.most == kNone ? 0.0f : total.most;
+  for (int i = 0; i < parts; ++i) {
+    const float weight = exp2f(most(i) - base);
+    total.sum += weight * sum(i);
+    total.out += weight * out(i);
+  }
+  return total;
+}
+
+// The block's part, at index kWarps, out of those of its warps; `write(head, element, total)` too.
+template <int kDim, typename Write>
+__device__ __forceinline__ void merge_warps(float* parts, int group, Write&& write) {
+  for (int i = threadIdx.x; i < group * kDim; i += kThreads) {
+    const int head = i / kDim;
+    const auto part = [&](int warp) { return part_at(parts, warp, group, kDim); };
+    const Total total = add_parts(
+        kWarps, [&](int w) { return part(w).most[head]; }, [&](int w) { return part(w).sum[head]; },
+        [&](int w) { return part(w).out[i]; });
+    write(head, i, total);
+  }
+}
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+
+// This block's share of the elements, out of the parts of all blocks of the cluster.
+template <int kDim, typename Write>
+__device__ __forceinline__ void merge_blocks(float* parts, int group, int rank, int cluster,
+                                             Write&& write) {
+  const Part own = part_at(parts, kWarps, group, kDim);
+  const int all = group * kDim;
+  for (int i = all * rank / cluster + static_cast<int>(threadIdx.x); i < all * (rank + 1) / cluster;
+       i += kThreads) {
+    const int head = i / kDim;
+    const auto at = [](const float* p, int block) { return read_remote(address_in(p, block)); };
+    const Total total = add_parts(
+        cluster, [&](int b) { return at(own.most + head, b); },
+        [&](int b) { return at(own.sum + head, b); }, [&](int b) { return at(own.out + i, b); });
+    write(head, i, total);
+  }
+}
+
+#endif
+
+}  // namespace grace::decode_attention
