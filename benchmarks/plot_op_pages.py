@@ -28,6 +28,7 @@ OPS = (
     "gated_dkd",
     "linear_gated_dkd",
     "cka",
+    "decode_attention",
 )
 FOLDER = Path(__file__).parents[1] / "docs/ops"
 COMMAND = "python -m benchmarks.plot_op_pages"
