@@ -13,6 +13,8 @@ from grace.ops.fake_quant_many import fake_quant_many
 from grace.ops.gated_dkd import gated_dkd
 from grace.ops.linear_gated_dkd import linear_gated_dkd
 from grace.ops.quantize_pack import quantize_pack
+from grace.ops.rms_norm import rms_norm
+from grace.ops.rotary import rotary
 from grace.ops.search_log_scale import search_log_scale
 
 if _library.load():
@@ -27,5 +29,7 @@ __all__ = [
     "gated_dkd",
     "linear_gated_dkd",
     "quantize_pack",
+    "rms_norm",
+    "rotary",
     "search_log_scale",
 ]
