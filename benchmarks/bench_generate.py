@@ -3,7 +3,8 @@
 Models have the public configs' sizes and random weights, prompts one image each, answers a fixed
 number of tokens. A model is built once: dense sides first, then its linears are packed in place.
 Prefill is what an answer of one token takes; decode is the rest of a whole answer, a token; both
-from the host's clock, arguments and sampling included. Results are on disk after every cell.
+from the host's clock, arguments and sampling included. What a `Generator` measures of itself on the
+device stands beside that (``device_*``). Results are on disk after every cell.
 """
 
 from __future__ import annotations
@@ -59,24 +60,32 @@ def _ours(packed: bool, default: bool = True, **options: Any) -> Side:
 
 
 PREFILL_STEP = 128
+_FIRSTS = 7  # answers of one token at least: a host's noise is as large as a step
+
+_THEIRS = {"layers": "transformers"}  # as those of sides with an attention are, too
 
 # In the order they are run: the dense ones, the packed ones, and last what changes the model again.
 SIDES: dict[str, Side] = {
     "bf16": Side(_plain, warm_up=1),
     "bf16 static compiled": Side(_static, compiled=True),
     "bf16 graph": _ours(packed=False),
-    "bf16 graph prefill": _ours(packed=False, prefill_step=PREFILL_STEP),
+    "bf16 graph transformers layers": _ours(packed=False, default=False, **_THEIRS),
+    "bf16 graph prefill": _ours(packed=False, default=False, prefill_step=PREFILL_STEP),
     "grace": _ours(packed=True),
     "grace graph prefill": _ours(packed=True, prefill_step=PREFILL_STEP),
+    "grace compiled": _ours(packed=True, default=False, compile=True),
+    "grace transformers layers": _ours(packed=True, default=False, **_THEIRS),
+    "grace transformers layers compiled": _ours(
+        packed=True, default=False, compile=True, **_THEIRS
+    ),
     "grace grouped": _ours(packed=True, default=False, attention="grouped"),
     "grace flex": _ours(packed=True, default=False, attention="flex"),
     "grace flash": _ours(packed=True, default=False, attention="flash"),
-    "grace norms flash": _ours(packed=True, layers="torch", attention="flash"),
+    "grace norms flash": _ours(packed=True, default=False, layers="torch", attention="flash"),
     "grace liger flash": _ours(packed=True, default=False, layers="liger", attention="flash"),
-    "grace compiled": _ours(packed=True, default=False, compile=True),
     "grace compiled grouped": _ours(packed=True, default=False, compile=True, attention="grouped"),
     "grace compiled flex": _ours(packed=True, default=False, compile=True, attention="flex"),
-    "grace compiled flash": _ours(packed=True, compile=True, attention="flash"),
+    "grace compiled flash": _ours(packed=True, default=False, compile=True, attention="flash"),
     "grace W8 head": _ours(packed=True, lm_head_bits=8),
     "grace W8 head compiled flex": _ours(
         packed=True, default=False, lm_head_bits=8, compile=True, attention="flex"
@@ -170,13 +179,15 @@ def measured(
     first()
     starting = time.perf_counter() - started
     _reset_peak(model.device)
-    wholes = [whole() for _ in range(plan.repeats)]
-    firsts = [first() for _ in range(plan.repeats)]
+    told = _Told(generate)
+    wholes = [told.behind(whole()) for _ in range(plan.repeats)]
+    firsts = [told.behind(first()) for _ in range(max(plan.repeats, _FIRSTS))]
     total, prefill = statistics.median(wholes), statistics.median(firsts)
     rows, steps = len(inputs["input_ids"]), plan.new_tokens - 1
     row = {
         "prefill_ms": round(1000 * prefill, 3),
         "ms_per_token": round(1000 * (total - prefill) / steps, 4),
+        **told.medians(),
         "samples_ms": [round(1000 * sample, 2) for sample in wholes],
         "tokens_per_s": round(rows * plan.new_tokens / total, 1),
         "start_s": round(starting, 1),
@@ -184,6 +195,34 @@ def measured(
         **_peak(model.device),
     }
     return row
+
+
+class _Told:
+    """What a `Generator` tells of its answers, by the device's clock; other sides tell nothing."""
+
+    def __init__(self, generate: Generate) -> None:
+        owner = getattr(generate, "__self__", None)
+        self._owner = owner if hasattr(owner, "timing") else None
+        self._prefill: list[float] = []
+        self._token: list[float] = []
+
+    def behind(self, sample: float) -> float:
+        """Takes what is told of the answer that a sample is of; gives the sample."""
+        timing = getattr(self._owner, "timing", None)
+        if timing is not None:
+            self._prefill.append(timing.prefill_ms)
+            if timing.new_tokens > 1:
+                self._token.append(timing.ms_per_token)
+        return sample
+
+    def medians(self) -> dict[str, float]:
+        """For a row; empty where nothing was told."""
+        if not self._prefill:
+            return {}
+        return {
+            "device_prefill_ms": round(statistics.median(self._prefill), 3),
+            "device_ms_per_token": round(statistics.median(self._token), 4),
+        }
 
 
 def _timer(
@@ -209,7 +248,7 @@ def profiled(
     """What each kernel of a decode step takes, alone and not in a graph, where kernels that are
     launched early count their waiting; nothing for sides without static steps."""
     owner = getattr(generate, "__self__", None)
-    if not hasattr(owner, "capture"):
+    if owner is None or not hasattr(owner, "capture"):
         return {}
     owner.capture = False
     generate(**inputs, do_sample=False, max_new_tokens=plan.new_tokens)
@@ -219,7 +258,7 @@ def profiled(
         steps.cache.position.fill_(inputs["input_ids"].shape[1])
         steps.run(True)
 
-    with torch.no_grad():
+    with owner.stepping(), torch.no_grad():
         return {"kernels": profile_kernels.kernels_of(side, 1)}
 
 

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
-from grace.generation import fast
-from grace.generation.layers import replaced
 from grace.generation.reports import Reports
 from grace.generation.steps import MOST_EOS, PlainSteps, StaticSteps
 from grace.generation.timing import Clock, Timing
@@ -55,11 +53,7 @@ class Answer:
         ended = self._post(steps)
         owner.capture_prompt()
         if self.new > 1 and not ended:
-            with (
-                fast.attending(self.model, owner.attention),
-                replaced(owner.layers),
-                fast.many_programs(owner.compiles),
-            ):
+            with owner.stepping():
                 steps = self._ready(steps, arguments)
                 self.clock.mark("ready")
                 self._loop(steps)

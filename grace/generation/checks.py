@@ -83,8 +83,8 @@ def why_plain(model: Any) -> str:
     return ""
 
 
-def why_eager_prompts(model: Any) -> str:
-    """Why the language model's part of a prompt cannot run on buffers; empty where it can."""
+def why_no_layers(model: Any) -> str:
+    """Why a model has no language model with layers to get at; empty where it has."""
     decoder = model.get_decoder()
     layers = getattr(decoder, "layers", None)
     if decoder is model or not isinstance(layers, nn.ModuleList):

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from grace.generation import checks, fast
 from grace.generation.answer import Answer
 from grace.generation.cache import SharedCache, Storage
-from grace.generation.layers import known_layers
+from grace.generation.configs import LookOnce
+from grace.generation.layers import known_layers, replaced
 from grace.generation.prefill import Prefill
 from grace.generation.reports import Reports
 from grace.generation.steps import StaticSteps
@@ -49,12 +51,16 @@ class Generator:
         compile: torch.compile the decode step first, which fuses what lies between the products:
             True, or a mode of torch.compile without CUDA graphs of its own.
         attention: how decode steps attend, "sdpa", "eager", "grouped", "flex" or "flash" (`fast`);
-            default as the model does. Results are the same up to rounding.
+            default as ``layers`` do. Results are the same up to rounding.
         lm_head_bits: 8 quantizes the model's output head in place, to nearest with a scale for each
             128 columns. It reads half as much and **changes logits**; off by default.
-        layers: what computes RMS norms of decode steps: "torch" (its fused norm), or "liger", which
-            does rotary embeddings, too, and must be installed (``pip install grace-vlm[fast]``).
-            Results are the same up to rounding; with ``compile`` it has no use.
+        layers: what computes decoder layers: "grace", layers of our own ops, prompts included, for
+            Llama, Mistral, Qwen2, Qwen3, Qwen2-VL, Qwen2.5-VL, Qwen3-VL and what is made of them;
+            "transformers", as they are; or those with other RMS norms in decode steps, "torch" (its
+            fused norm) or "liger", which does rotary embeddings, too, and must be installed (``pip
+            install grace-vlm[fast]``). Default "grace" on a GPU where no attention is given and the
+            model fits, otherwise "transformers", and the log (INFO) says why. Results are the same
+            up to rounding.
         prefill_step: runs the language model's part of a prompt on static buffers, too, and as a
             CUDA graph from the second prompt of a size on; a prompt is filled up on its right to a
             multiple of this many tokens, as 128. Results are the same up to rounding. None: prompts
@@ -64,7 +70,8 @@ class Generator:
         timing: of the last call (`Timing`), None before.
 
     Raises:
-        ValueError: an argument outside of the above, or an encoder-decoder model.
+        ValueError: an argument outside of the above, an encoder-decoder model, or layers "grace"
+            with an attention or for a model that they do not fit.
     """
 
     def __init__(
@@ -95,7 +102,7 @@ class Generator:
         if lm_head_bits is not None:
             check_head("Generator", model, lm_head_bits)
             quantize_head(model, lm_head_bits)
-        self.layers = known_layers(layers, model)
+        self.layers = known_layers(layers, model, attention)
         self._forward = fast.decode_forward(model, compile)
         self.compiles = bool(compile) or attention == "flex"
         self._lag = 1 if cuda else 0
@@ -104,6 +111,7 @@ class Generator:
             logger.warning("Generator: decodes as transformers does: %s", self._why_plain)
         self._prefill = None if prefill_step is None else self._prefill_of(prefill_step)
         self._lock = threading.Lock()
+        self._looks = LookOnce()
         self._storage = Storage()
         self._sizes: OrderedDict[tuple[int, int], StaticSteps] = OrderedDict()
         self._pool: Any = None
@@ -140,13 +148,19 @@ class Generator:
             return self._decode(input_ids, streamer, **prepared)
 
         # Buffers are written to by later calls, which need not be in inference mode.
-        with self._lock, self._on_device(), torch.inference_mode(False), torch.no_grad():
+        with (
+            self._lock,
+            self._on_device(),
+            self._looks.asking(self.model.config),
+            torch.inference_mode(False),
+            torch.no_grad(),
+        ):
             return self.model.generate(custom_generate=decode, streamer=streamer, **given)
 
     def _prefill_of(self, step: int) -> Prefill | None:
         """What prompts go through; None, and a warning, for a model whose prompts cannot."""
         step = checks.at_least_1("prefill_step", step)
-        why = self._why_plain or checks.why_eager_prompts(self.model)
+        why = self._why_plain or checks.why_no_layers(self.model)
         if not why:
             return Prefill(self.model, step)
         logger.warning("Generator: prompts run as transformers runs them: %s", why)
@@ -197,22 +211,37 @@ class Generator:
         if size not in self._sizes:
             layers = self.model.config.get_text_config(decoder=True).num_hidden_layers
             cache = SharedCache(layers, *size, self._storage, self.device)
-            self._sizes[size] = StaticSteps(self.model, cache, self._forward)
+            added = self.layers.name != "grace"  # which take bool masks
+            self._sizes[size] = StaticSteps(self.model, cache, self._forward, added)
             if len(self._sizes) > _SIZES:
                 self._sizes.popitem(last=False)
         self._sizes.move_to_end(size)
         return self._sizes[size]
 
-    def filling(self, static: StaticSteps | None) -> Any:
-        """Where the prompt goes through the model that fills these steps' cache."""
-        if self._prefill is None or static is None:
-            return contextlib.nullcontext()
-        return self._prefill.filling(static.cache)
+    @contextlib.contextmanager
+    def filling(self, static: StaticSteps | None) -> Iterator[None]:
+        """Inside, the prompt goes through the model and fills these steps' cache."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(replaced(self.layers.prompts))
+            if self._prefill is not None and static is not None:
+                stack.enter_context(self._prefill.filling(static.cache))
+            yield
 
     def capture_prompt(self) -> None:
         """Captures what the prompt went through, for the next of its size."""
         if self._prefill is not None and self.capture:
-            self._prefill.capture(self.graph_pool())
+            with replaced(self.layers.prompts):
+                self._prefill.capture(self.graph_pool())
+
+    @contextlib.contextmanager
+    def stepping(self) -> Iterator[None]:
+        """Inside, the model computes decode steps as this generator does."""
+        with (
+            fast.attending(self.model, self.attention),
+            replaced(self.layers.steps),
+            fast.many_programs(self.compiles),
+        ):
+            yield
 
     @property
     def cache_bytes(self) -> int:

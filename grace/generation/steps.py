@@ -77,12 +77,26 @@ class StaticSteps(Steps):
     Everything that changes from step to step lies in device memory and is moved on by the step
     itself: position, position ids, mask, tokens, who is done. The host does not know where the
     device is, so that a step can be captured once and replayed.
+
+    Args:
+        model: of transformers.
+        cache: of the size.
+        forward: logits of one token a row (`fast.decode_forward`).
+        added_masks: whether masks become what attention adds where that is sdpa, which would make
+            it of a bool one in every layer; False for layers that take them as they are.
     """
 
-    def __init__(self, model: Any, cache: SharedCache, forward: Callable[..., Tensor]) -> None:
+    def __init__(
+        self,
+        model: Any,
+        cache: SharedCache,
+        forward: Callable[..., Tensor],
+        added_masks: bool = True,
+    ) -> None:
         device = cache.position.device
         super().__init__(cache.batch, cache.length + 1, device)
         self.model, self.cache, self._forward = model, cache, forward
+        self._added_masks = added_masks
         self.eos = torch.full((MOST_EOS,), -1, dtype=torch.int64, device=device)
         self.pad = torch.zeros((), dtype=torch.int64, device=device)
         self._inputs: dict[str, Any] = {}
@@ -130,9 +144,10 @@ class StaticSteps(Steps):
             self._graphs.clear()
 
     def _mask(self, mask: Tensor) -> Tensor:
-        """The mask as attention adds it: sdpa would make that of a bool one in every layer."""
+        """The mask as attention takes it."""
         text = self.model.config.get_text_config(decoder=True)
-        if mask.dtype != torch.bool or text._attn_implementation != "sdpa":
+        adds = self._added_masks and text._attn_implementation == "sdpa"
+        if mask.dtype != torch.bool or not adds:
             return mask
         added = torch.zeros(mask.shape, dtype=self.model.dtype, device=mask.device)
         return added.masked_fill_(~mask, float("-inf"))

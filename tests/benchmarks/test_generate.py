@@ -16,6 +16,7 @@ from benchmarks.__main__ import available, load, start
 from benchmarks.bench_generate import SIDES, Plan, merged, rows_of
 from benchmarks.harness import Ceiling
 from benchmarks.pages import Chart
+from grace.generation import decoder
 from grace.nn import FusedLinear, PackedLinear
 
 CPU = torch.device("cpu")
@@ -28,18 +29,16 @@ def plan(**changes: Any) -> Plan:
 
 def test_every_side_that_a_cpu_has_is_measured() -> None:
     rows = list(rows_of(plan(), CPU))
-    assert [row["size"]["batch"] for row in rows] == [1, 2] * 7
+    assert [row["size"]["batch"] for row in rows] == [1, 2] * 5
     named = list(dict.fromkeys(row["side"] for row in rows))
-    dense, packed = ["bf16", "bf16 graph"], ["grace", "grace graph prefill"]
-    assert named[:3] == [*dense, "bf16 graph prefill"]
-    assert named[3:] == [*packed, "grace norms flash", "grace W8 head"]
+    assert named == ["bf16", "bf16 graph", "grace", "grace graph prefill", "grace W8 head"]
     for row in rows:
-        if row["side"] == "grace norms flash":
-            assert row["absent"].startswith("ValueError: Generator: attention 'flash' must have")
-            continue
         assert row["tokens_per_s"] > 0
         assert row["prefill_ms"] > 0
         assert row["size"]["prompt"] == 12
+        told = {"device_prefill_ms", "device_ms_per_token"} & set(row)
+        assert len(told) == (0 if row["side"] == "bf16" else 2)
+        assert all(0 < row[name] < 1e4 for name in told)
     weights = {row["side"]: row["weights_mib"] for row in rows if "weights_mib" in row}
     assert weights["grace"]["layers"] < 0.3 * weights["bf16"]["layers"]
     assert weights["bf16"]["head"] == 0 < weights["grace W8 head"]["head"]  # tied, then its own
@@ -64,6 +63,43 @@ def test_a_profile_is_of_a_step_that_is_not_captured(monkeypatch: pytest.MonkeyP
     assert merged([both], [timed]) == [timed]
 
 
+def test_a_profile_is_of_the_layers_that_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        calls.append(arguments[0].shape)
+        return attend(*arguments, **options)
+
+    def kernels_of(side: Any, sets: int) -> list[dict[str, Any]]:
+        calls.clear()
+        side(0)
+        return [{"kernel": "k", "launches": len(calls), "us": 2.0, "us_a_call": 2.0}]
+
+    attend = decoder.decode_attention
+    monkeypatch.setattr(decoder, "decode_attention", counted)
+    monkeypatch.setattr(profile_kernels, "kernels_of", kernels_of)
+    monkeypatch.setitem(SIDES, "grace", bench_generate._ours(packed=True, layers="grace"))
+    sides = ["grace", "grace transformers layers"]
+    rows = list(rows_of(plan(batches=[1], sides=sides, profile=True), CPU))
+    assert [row["kernels"][0]["launches"] for row in rows] == [3, 0]  # of as many layers, and none
+
+
+def test_prefill_is_the_median_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One answer of one token that took long changes nothing, and the rest is the decode."""
+    model = generation.build("tiny LLaVA student", CPU)
+    inputs = generation.inputs_for(model, "tiny LLaVA student", 1)
+    times = {3: [0.9] * 2, 1: [0.1, 0.1, 5.0, 0.1, 0.1, 0.1, 0.1]}
+
+    def timer(generate: Any, arguments: dict[str, Any], device: Any) -> Any:
+        left = [0.0, *times[arguments["max_new_tokens"]]]  # behind one to warm up
+        return lambda: left.pop(0)
+
+    monkeypatch.setattr(bench_generate, "_timer", timer)
+    row = bench_generate.measured(model.generate, model, inputs, plan(repeats=2), 1)
+    assert (row["prefill_ms"], row["ms_per_token"]) == (100.0, 400.0)
+    assert "device_prefill_ms" not in row
+
+
 def test_models_are_packed_in_place_and_say_as_much() -> None:
     model = generation.build("tiny LLaVA student", CPU)
     inputs = generation.inputs_for(model, "tiny LLaVA student", 2)
@@ -85,9 +121,9 @@ def test_models_are_packed_in_place_and_say_as_much() -> None:
 
 def test_compiled_sides_run_at_batch_1_unless_they_are_named() -> None:
     gpu = torch.device("cuda")
-    assert plan().has("grace compiled flash", 1, gpu)
-    assert not plan().has("grace compiled flash", 8, gpu)
-    assert not plan().has("grace compiled flash", 1, CPU)
+    assert plan().has("bf16 static compiled", 1, gpu)
+    assert not plan().has("bf16 static compiled", 8, gpu)
+    assert not plan().has("bf16 static compiled", 1, CPU)
     assert not plan().has("grace liger flash", 1, gpu)
     named = plan(sides=["grace compiled"])
     assert named.has("grace compiled", 8, gpu)

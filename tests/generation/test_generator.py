@@ -233,7 +233,10 @@ def test_too_many_rows_and_training_mode() -> None:
         ({"compile": "reduce-overhead"}, r"compile must be True, False or one of"),
         ({"capture": True}, r"capture must be off, got True on cpu"),
         ({"layers": "liger"}, r"layers 'liger' must be on a GPU, got cpu"),
-        ({"layers": "fast"}, r"layers must be one of torch, liger, got 'fast'"),
+        (
+            {"layers": "fast"},
+            r"layers must be one of grace, torch, liger, transformers, got 'fast'",
+        ),
         ({"lm_head_bits": 4}, r"lm_head_bits must be 8, got 4"),
     ],
 )

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from grace.generation import Generator, Timing, quantize_head
 from grace.generation.fast import grouped_attention, sequence_lengths
-from grace.generation.layers import replaced, replacements
+from grace.generation.layers import Layers, replaced, replacements
 from grace.nn import PackedLinear
 
 
@@ -88,7 +88,7 @@ def test_layers_stand_in_while_steps_run(kind: str, norms: int) -> None:
 
     model, inputs = made(kind), asked(kind)
     generator = Generator(model)
-    generator.layers = replacements(model, norm, rotary)
+    generator.layers = Layers("torch", replacements(model, norm, rotary), [])
     theirs, ours = both(model, generator, inputs, **GREEDY)
     assert torch.equal(theirs, ours)
     assert calls == {"norm": norms * (NEW - 1), "rotary": 4 * (NEW - 1)}
@@ -98,8 +98,8 @@ def test_layers_stand_in_while_steps_run(kind: str, norms: int) -> None:
 def test_norms_of_torch() -> None:
     model, inputs = made("qwen2_5_vl"), asked("qwen2_5_vl")
     generator = Generator(model, layers="torch")
-    assert generator.layers is not None
-    assert len(generator.layers) == 9 + 5  # and those of the tower, which steps do not run
+    assert generator.layers.prompts == []
+    assert len(generator.layers.steps) == 9 + 5  # and those of the tower, which steps do not run
     theirs, ours = both(model, generator, inputs, **GREEDY)
     assert torch.equal(theirs, ours)
 
