@@ -12,8 +12,7 @@
 // there are. Rows off the 16-byte grid are read twice, an element at a time.
 //
 // All launches are dependent ones. The weight may be what the kernel ahead writes, so before the
-// wait it is only brought near, which a decode step, where every weight comes from memory, has most
-// of its time from.
+// wait it is not read but brought near: a decode step finds it in no cache.
 #include "common/vectors.h"
 #include "common/warp.h"
 #include "ops/rms_norm/rms_norm.h"
