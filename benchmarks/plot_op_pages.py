@@ -29,6 +29,8 @@ OPS = (
     "linear_gated_dkd",
     "cka",
     "decode_attention",
+    "rms_norm",
+    "rotary",
 )
 FOLDER = Path(__file__).parents[1] / "docs/ops"
 COMMAND = "python -m benchmarks.plot_op_pages"

@@ -47,6 +47,16 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 #endif
 }
 
+// The same for a kernel that does little behind the wait: the next dependent kernel may start
+// before it. What that one may do by then, such as bringing weights near, overlaps with the kernel
+// ahead.
+__device__ __forceinline__ void start_next_kernel_and_wait() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 template <typename Integer>
 GRACE_HOST_DEVICE constexpr Integer ceil_div(Integer a, Integer b) {
   return (a + b - 1) / b;

@@ -48,6 +48,7 @@ def off_the_grid(x: Tensor) -> Tensor:
         (2, 4096),
         (2, 5120),
         (1, 8192),
+        (1, 16384),
         (2, 16640),  # more than registers hold
         (40, 1),  # by elements from here on
         (5, 7),

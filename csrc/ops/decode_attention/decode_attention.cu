@@ -3,7 +3,8 @@
 //   new token: norm, rotary ──► q in shared memory; k and v into the cache, by the block whose tile
 //   holds its place           (the first tiles are on their way meanwhile)
 //   a warp: every (8 · cluster)-th tile of 16 tokens, by mma.sync, keys and values from global
-//   memory to registers, the next tile's behind the present one's
+//   memory to registers; the next tile's keys are loaded when scores are made, its values when
+//   they are added
 //   sums of warps, then of blocks through each other's shared memory ──► output
 //
 // Tokens are dealt out tile by tile, so that work is even whatever the position, which only the
@@ -44,7 +45,7 @@ struct Place {
 // block's task.
 template <int kDim, typename T>
 __device__ __forceinline__ void take_token(const Call<T>& call, const Place& place, bool writes,
-                                           T* keys, T* values, int position, T* queries) {
+                                           const Cache<T>& cache, T* queries) {
   const int warp = threadIdx.x / kWarpSize;
   const T* const cos = call.cos + place.row * call.cos_stride;
   const T* const sin = call.sin + place.row * call.cos_stride;
@@ -58,42 +59,61 @@ __device__ __forceinline__ void take_token(const Call<T>& call, const Place& pla
        i += kThreads)
     queries[i] = T{};  // rows of the product that stand for no head
   if (!writes) return;
-  if (warp == 0) embed<kDim>(k, call.k_weight, cos, sin, call.eps, keys + int64_t{position} * kDim);
-  for (int i = threadIdx.x; i < kDim; i += kThreads) values[int64_t{position} * kDim + i] = v[i];
+  const int64_t at = int64_t{cache.last} * kDim;
+  if (warp == 0) embed<kDim>(k, call.k_weight, cos, sin, call.eps, cache.keys + at);
+  for (int i = threadIdx.x; i < kDim; i += kThreads) cache.values[at + i] = v[i];
 }
 
+template <typename T>
+__device__ __forceinline__ Cache<T> cache_of(const Call<T>& call, const Place& place, int dim) {
+  const int64_t head = int64_t{place.row} * call.kv_heads + place.kv_head;
+  const int64_t asked = *call.position;
+  const int last = static_cast<int>(asked < 0 ? 0 : asked < call.length ? asked : call.length - 1);
+  return {call.keys + head * call.length * dim, call.values + head * call.length * dim,
+          call.mask + int64_t{place.row} * call.mask_stride, last};
+}
+
+// Blocks that a multiprocessor's registers must hold: another one's loads are under way while one
+// waits. Sixteen rows of sums leave room for one.
+template <int kHalves>
+constexpr int kBlocks = kHalves == 1 ? 2 : 1;
+
 template <int kDim, int kHalves, typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks<kHalves>)
     decode_attention_kernel(const __grid_constant__ Call<T> call, int cluster) {
   GRACE_DYNAMIC_SHARED(shared);
   T* const queries = reinterpret_cast<T*>(shared);
   float* const parts = reinterpret_cast<float*>(shared + query_bytes<kDim>());
   const Place place(call.kv_heads, cluster);
   const int warp = threadIdx.x / kWarpSize;
-  const int64_t head = (int64_t{place.row} * call.kv_heads + place.kv_head) * call.length * kDim;
-  T *const keys = call.keys + head, *const values = call.values + head;
-  const bool* const mask = call.mask + int64_t{place.row} * call.mask_stride;
   wait_for_previous_kernel();
 
-  const int64_t asked = *call.position;
-  const int last = static_cast<int>(asked < 0 ? 0 : asked < call.length ? asked : call.length - 1);
+  const Cache<T> cache = cache_of(call, place, kDim);
   const int step = kTileKeys * kWarps * cluster;
   int first = kTileKeys * (warp * cluster + place.rank);
-  Tile<kDim, T> next;
-  const bool early = first + kTileKeys <= last;  // the new token is not among them
-  if (early) next.load(keys, values, mask, first, last);
-  const bool writes = last / kTileKeys % cluster == place.rank;
-  take_token<kDim>(call, place, writes, keys, values, last, queries);
+  Keys<kDim, T> keys;
+  Values<kDim, T> values;
+  const auto load = [&] {
+    keys.load(cache, first);
+    values.load(cache, first);
+  };
+  const bool early = first + kTileKeys <= cache.last;  // the new token is not among them
+  if (early) load();
+  take_token<kDim>(call, place, cache.last / kTileKeys % cluster == place.rank, cache, queries);
   __syncthreads();  // the block that reads the new token's key is the one that wrote it
-  if (!early && first <= last) next.load(keys, values, mask, first, last);
+  if (!early && first <= cache.last) load();
 
   Sums<kDim, kHalves, T> sums;
-  sums.take_queries(queries, kPitch<kDim>);
-  while (first <= last) {
-    const Tile<kDim, T> tile = next;
+  while (first <= cache.last) {
+    float scores[2][4] = {};
+    sums.score(queries, kPitch<kDim>, keys, scores);
+    const unsigned seen = keys.seen;
     first += step;
-    if (first <= last) next.load(keys, values, mask, first, last);
-    sums.add(tile, call.scale);
+    if (first <= cache.last) keys.load(cache, first);
+    uint32_t weights[2][kHalves];
+    sums.weigh(scores, seen, call.scale, weights);
+    sums.add(weights, values);
+    if (first <= cache.last) values.load(cache, first);
   }
   store_part(sums, call.group, part_at(parts, warp, call.group, kDim));
   __syncthreads();
@@ -124,7 +144,9 @@ __global__ void __launch_bounds__(kThreads)
 
 // --- launch --------------------------------------------------------------------------------------
 
-// Blocks for a head: as many as keep the GPU busy, each with a tile for every warp.
+// Blocks for a head: as many as keep the GPU busy, each with a tile for every warp. No more than
+// multiprocessors, of which a cluster must find its number in one part of the GPU: a few clusters
+// that came second would double the time.
 int cluster_of(int64_t heads, int64_t length, const Device& device) {
   int cluster = 1;
   if (device.capability < 90) return cluster;

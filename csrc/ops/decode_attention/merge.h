@@ -25,7 +25,6 @@ __device__ __forceinline__ Part part_at(float* parts, int i, int group, int dim)
 template <int kDim, int kHalves, typename T>
 __device__ __forceinline__ void store_part(const Sums<kDim, kHalves, T>& sums, int group,
                                            const Part& part) {
-  constexpr int kRun = kDim / 8;  // neighbours that a lane holds
   const int lane = threadIdx.x % kWarpSize, tig = lane % 4;
 #pragma unroll
   for (int r = 0; r < kHalves; ++r) {
@@ -39,13 +38,14 @@ __device__ __forceinline__ void store_part(const Sums<kDim, kHalves, T>& sums, i
       part.sum[head] = sum;
     }
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      float* const to = part.out + head * kDim + (2 * tig + i) * kRun;
+    for (int u = 0; u < kDim / 8; u += 4) {  // four neighbours of column 2 tig + i
 #pragma unroll
-      for (int u = 0; u < kRun; u += 4)
-        *reinterpret_cast<float4*>(to + u) = {sums.out[u][2 * r + i], sums.out[u + 1][2 * r + i],
-                                              sums.out[u + 2][2 * r + i],
-                                              sums.out[u + 3][2 * r + i]};
+      for (int i = 0; i < 2; ++i) {
+        const int element = u / 8 * 64 + (2 * tig + i) * 8 + u % 8;
+        *reinterpret_cast<float4*>(part.out + head * kDim + element) = {
+            sums.out[u][2 * r + i], sums.out[u + 1][2 * r + i], sums.out[u + 2][2 * r + i],
+            sums.out[u + 3][2 * r + i]};
+      }
     }
   }
 }

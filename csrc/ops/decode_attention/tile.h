@@ -6,8 +6,9 @@
 //   keys    lane (gid, tig) holds token 8 h + gid, elements 32 s + 8 tig + 0 ... 7, of steps s:
 //   they
 //           are k = 2 tig, 2 tig + 1, 2 tig + 8, 2 tig + 9 of two products
-//   values  lane (gid, tig) holds tokens 2 tig + {0, 1, 8, 9}, elements (dim / 8) gid + 0 ...: they
-//           are column gid of dim / 8 products
+//   values  lane (gid, tig) holds tokens 2 tig + {0, 1, 8, 9}, elements 64 s + 8 gid + 0 ... 7:
+//   they
+//           are column gid of eight products
 #pragma once
 
 #include "common/mma.h"
@@ -17,42 +18,63 @@ namespace grace::decode_attention {
 
 constexpr float kNone = -INFINITY;
 
+// The head of the cache that a block reads.
+template <typename T>
+struct Cache {
+  T *keys, *values;  // [length][dim]
+  const bool* mask;  // [length]
+  int last;          // the new token
+};
+
 template <int kDim, typename T>
-struct Tile {
-  static constexpr int kSteps = kDim / 32;       // loads of a key
-  static constexpr int kValueLoads = kDim / 64;  // of a value
-  uint4 keys[2][kSteps];
-  uint4 values[4][kValueLoads];
+struct Keys {
+  static constexpr int kSteps = kDim / 32;
+  uint4 of[2][kSteps];
   unsigned seen;  // bit 2 h + i: token 8 h + 2 tig + i
 
   // Tokens first ... first + 15; those behind the last are zero, and not seen.
-  __device__ __forceinline__ void load(const T* k, const T* v, const bool* mask, int first,
-                                       int last) {
+  __device__ __forceinline__ void load(const Cache<T>& cache, int first) {
     const int lane = threadIdx.x % kWarpSize, gid = lane / 4, tig = lane % 4;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int token = first + 8 * h + gid;
-      const uint4* const from = reinterpret_cast<const uint4*>(k + int64_t{token} * kDim) + tig;
+      const uint4* const from =
+          reinterpret_cast<const uint4*>(cache.keys + int64_t{token} * kDim) + tig;
 #pragma unroll
-      for (int s = 0; s < kSteps; ++s) keys[h][s] = token <= last ? from[4 * s] : uint4{0, 0, 0, 0};
+      for (int s = 0; s < kSteps; ++s)
+        of[h][s] = token <= cache.last ? from[4 * s] : uint4{0, 0, 0, 0};
     }
     seen = 0;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int token = first + 8 * (i / 2) + 2 * tig + i % 2;
-      const uint4* const from =
-          reinterpret_cast<const uint4*>(v + int64_t{token} * kDim) + gid * kValueLoads;
-#pragma unroll
-      for (int s = 0; s < kValueLoads; ++s)
-        values[i][s] = token <= last ? from[s] : uint4{0, 0, 0, 0};
-      const bool shown = token == last || (token < last && mask[token]);
+      const bool shown = token == cache.last || (token < cache.last && cache.mask[token]);
       seen |= unsigned{shown} << i;
     }
   }
+};
 
-  // Elements 2 word, 2 word + 1 of the values of a token.
-  __device__ __forceinline__ uint32_t value_words(int token, int word) const {
-    const uint4& four = values[token][word / 4];
+template <int kDim, typename T>
+struct Values {
+  static constexpr int kSteps = kDim / 64;
+  uint4 of[4][kSteps];
+
+  __device__ __forceinline__ void load(const Cache<T>& cache, int first) {
+    const int lane = threadIdx.x % kWarpSize, gid = lane / 4, tig = lane % 4;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int token = first + 8 * (i / 2) + 2 * tig + i % 2;
+      const uint4* const from =
+          reinterpret_cast<const uint4*>(cache.values + int64_t{token} * kDim) + gid;
+#pragma unroll
+      for (int s = 0; s < kSteps; ++s)
+        of[i][s] = token <= cache.last ? from[8 * s] : uint4{0, 0, 0, 0};
+    }
+  }
+
+  // Elements 2 word, 2 word + 1 that this lane holds of a token.
+  __device__ __forceinline__ uint32_t words(int token, int word) const {
+    const uint4& four = of[token][word / 4];
     return word % 4 == 0 ? four.x : word % 4 == 1 ? four.y : word % 4 == 2 ? four.z : four.w;
   }
 };
@@ -61,7 +83,6 @@ struct Tile {
 template <int kDim, int kHalves, typename T>
 struct Sums {
   static constexpr int kSteps = kDim / 32, kProducts = kDim / 8;
-  uint4 q[kHalves][kSteps];  // elements 32 s + 8 tig + 0 ... 7 of a row
   float out[kProducts][2 * kHalves] = {};
   float most[kHalves], sum[kHalves] = {};  // of scores, in units of log 2; of this lane's weights
 
@@ -70,47 +91,47 @@ struct Sums {
     for (int r = 0; r < kHalves; ++r) most[r] = kNone;
   }
 
-  // Queries out of shared memory: kMostHeads rows that are `pitch` elements apart.
-  __device__ __forceinline__ void take_queries(const T* shared, int pitch) {
+  // Queries lie in shared memory, kMostHeads rows that are `pitch` elements apart.
+  __device__ __forceinline__ static void score(const T* queries, int pitch,
+                                               const Keys<kDim, T>& keys, float (&scores)[2][4]) {
     const int lane = threadIdx.x % kWarpSize;
+    const T* const row = queries + lane / 4 * pitch + lane % 4 * 8;
 #pragma unroll
-    for (int r = 0; r < kHalves; ++r)
+    for (int s = 0; s < kSteps; ++s) {
+      const uint4 a = *reinterpret_cast<const uint4*>(row + 32 * s);
+      const uint4 below =
+          kHalves == 2 ? *reinterpret_cast<const uint4*>(row + 8 * pitch + 32 * s) : a;
 #pragma unroll
-      for (int s = 0; s < kSteps; ++s)
-        q[r][s] = *reinterpret_cast<const uint4*>(shared + (lane / 4 + 8 * r) * pitch + 32 * s +
-                                                  lane % 4 * 8);
-  }
-
-  __device__ __forceinline__ void add(const Tile<kDim, T>& tile, float scale) {
-    float scores[2][4] = {};
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-#pragma unroll
-      for (int s = 0; s < kSteps; ++s) {
-        const uint4& b = tile.keys[h][s];
-        multiply(scores[h], q[0][s].x, q[kHalves - 1][s].x, q[0][s].y, q[kHalves - 1][s].y, b.x,
-                 b.y);
-        multiply(scores[h], q[0][s].z, q[kHalves - 1][s].z, q[0][s].w, q[kHalves - 1][s].w, b.z,
-                 b.w);
+      for (int h = 0; h < 2; ++h) {
+        const uint4& b = keys.of[h][s];
+        multiply(scores[h], a.x, below.x, a.y, below.y, b.x, b.y);
+        multiply(scores[h], a.z, below.z, a.w, below.w, b.z, b.w);
       }
     }
-    uint32_t weights[2][kHalves];
+  }
+
+  // Scores become weights relative to the largest so far, in the registers of operand A.
+  __device__ __forceinline__ void weigh(const float (&scores)[2][4], unsigned seen, float scale,
+                                        uint32_t (&weights)[2][kHalves]) {
 #pragma unroll
-    for (int r = 0; r < kHalves; ++r) weigh(r, scores, tile.seen, scale, weights);
+    for (int r = 0; r < kHalves; ++r) weigh_row(r, scores, seen, scale, weights);
+  }
+
+  __device__ __forceinline__ void add(const uint32_t (&weights)[2][kHalves],
+                                      const Values<kDim, T>& values) {
+    constexpr int kBelow = kHalves - 1;
 #pragma unroll
     for (int u = 0; u < kProducts; ++u) {
       uint32_t b[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const uint32_t first = tile.value_words(2 * half, u / 2);
-        const uint32_t second = tile.value_words(2 * half + 1, u / 2);
-        b[half] =
-            u % 2 == 0 ? (first & 0xffffu) | second << 16 : first >> 16 | (second & 0xffff0000u);
+        const uint32_t one = values.words(2 * half, u / 2);
+        const uint32_t other = values.words(2 * half + 1, u / 2);
+        b[half] = u % 2 == 0 ? (one & 0xffffu) | other << 16 : one >> 16 | (other & 0xffff0000u);
       }
-      float d[4] = {out[u][0], out[u][1], kHalves == 2 ? out[u][2 * kHalves - 2] : 0.0f,
-                    kHalves == 2 ? out[u][2 * kHalves - 1] : 0.0f};
-      multiply(d, weights[0][0], weights[0][kHalves - 1], weights[1][0], weights[1][kHalves - 1],
-               b[0], b[1]);
+      float d[4] = {out[u][0], out[u][1], kHalves == 2 ? out[u][2 * kBelow] : 0.0f,
+                    kHalves == 2 ? out[u][2 * kBelow + 1] : 0.0f};
+      multiply(d, weights[0][0], weights[0][kBelow], weights[1][0], weights[1][kBelow], b[0], b[1]);
 #pragma unroll
       for (int i = 0; i < 2 * kHalves; ++i) out[u][i] = d[i];
     }
@@ -125,9 +146,8 @@ struct Sums {
     mma_m16n8k16<T>(d, a, b);
   }
 
-  // Scores of a row become weights, relative to the largest score so far.
-  __device__ __forceinline__ void weigh(int r, const float (&scores)[2][4], unsigned seen,
-                                        float scale, uint32_t (&weights)[2][kHalves]) {
+  __device__ __forceinline__ void weigh_row(int r, const float (&scores)[2][4], unsigned seen,
+                                            float scale, uint32_t (&weights)[2][kHalves]) {
     float in_log2[4], largest = most[r];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {

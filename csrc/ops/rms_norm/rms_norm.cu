@@ -12,8 +12,7 @@
 // there are. Rows off the 16-byte grid are read twice, an element at a time.
 //
 // All launches are dependent ones. The weight may be what the kernel ahead writes, so before the
-// wait it is only brought near, which a decode step, where every weight comes from memory, has most
-// of its time from.
+// wait it is not read but brought near: a decode step finds it in no cache.
 #include "common/vectors.h"
 #include "common/warp.h"
 #include "ops/rms_norm/rms_norm.h"
@@ -97,7 +96,7 @@ __global__ void __launch_bounds__(kThreads) rms_norm_kernel(Call<T> call) {
   const auto column = [&](int j) { return (j * kTeam + team.rank) * kPerVector<T>; };
   const auto inside = [&](int j) { return team.row < call.rows && column(j) < call.columns; };
   prefetch_weight(call);
-  wait_for_previous_kernel();
+  start_next_kernel_and_wait();
   uint4 vectors[kVectors], weights[kVectors];
 #pragma unroll
   for (int j = 0; j < kVectors; ++j)
@@ -124,7 +123,7 @@ __global__ void __launch_bounds__(kThreads) read_twice_kernel(Call<T> call) {
   T* const y = call.y + team.row * call.columns;
   const int64_t end = team.row < call.rows ? call.columns : 0;
   prefetch_weight(call);
-  wait_for_previous_kernel();
+  start_next_kernel_and_wait();
   float sum = 0.0f;
   for (int64_t c = team.rank * kPer; c < end; c += kTeam * kPer) {
     if constexpr (kInVectors) {
