@@ -28,6 +28,8 @@ OPS = (
     "gated_dkd",
     "linear_gated_dkd",
     "cka",
+    "rms_norm",
+    "rotary",
 )
 FOLDER = Path(__file__).parents[1] / "docs/ops"
 COMMAND = "python -m benchmarks.plot_op_pages"

@@ -20,6 +20,20 @@ __device__ __forceinline__ uint4 load_vector(const T* from) {
   return __ldg(reinterpret_cast<const uint4*>(from));
 }
 
+// Of memory that the kernel ahead of a dependent one wrote: not by the read-only path.
+template <typename T>
+__device__ __forceinline__ uint4 load_written_vector(const T* from) {
+  return *reinterpret_cast<const uint4*>(from);
+}
+
+// Asks for the sector there. Unlike a load it is harmless before wait_for_previous_kernel: what
+// another kernel writes there later goes to the same cache.
+__device__ __forceinline__ void prefetch_to_l2([[maybe_unused]] const void* p) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+#endif
+}
+
 template <typename T>
 __device__ __forceinline__ void store_vector(T* to, uint4 vector) {
   *reinterpret_cast<uint4*>(to) = vector;

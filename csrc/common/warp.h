@@ -8,10 +8,11 @@ namespace grace {
 
 constexpr unsigned kFullWarp = 0xffffffffu;
 
+// Over each kLanes neighbours, a power of two; all lanes of the warp must call.
+template <int kLanes = kWarpSize>
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
-  for (int offset = kWarpSize / 2; offset > 0; offset /= 2)
-    x += __shfl_xor_sync(kFullWarp, x, offset);
+  for (int offset = kLanes / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(kFullWarp, x, offset);
   return x;
 }
 

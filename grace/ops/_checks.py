@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -51,6 +53,19 @@ def require_same_rows(op: str, first: str, a: Tensor, second: str, b: Tensor) ->
         raise ValueError(
             f"{op}: {second} must have {a.shape[0]} rows like {first}, got {b.shape[0]}"
         )
+
+
+def require_like(
+    op: str, first: str, a: Tensor, second: str, b: Tensor, shape: Sequence[int]
+) -> None:
+    """Requires the second argument to have this shape, and the first's dtype and device.
+
+    Sizes are put into words only where they are wrong: in a compiled graph that would fix them.
+    """
+    if b.dtype != a.dtype or list(b.shape) != list(shape):
+        got = f"{b.dtype} {list(b.shape)}"
+        raise ValueError(f"{op}: {second} must be {a.dtype} {list(shape)}, got {got}")
+    require_same_device(op, first, a, second, b)
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

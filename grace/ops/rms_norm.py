@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from grace import _library
-from grace.ops._checks import accumulate_dtype, require, require_floating, require_same_device
+from grace.ops._checks import accumulate_dtype, require, require_floating, require_like
 
 OP = "rms_norm"
 
@@ -36,10 +36,7 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-6) -> Tensor:
     """
     require_floating(OP, "x", x)
     require(x.dim() > 0, OP, "x", "have shape [..., D]", list(x.shape))
-    columns, got = x.shape[-1], f"{weight.dtype} {list(weight.shape)}"
-    right = weight.dtype == x.dtype and weight.shape == (columns,)
-    require(right, OP, "weight", f"be {x.dtype} [{columns}]", got)
-    require_same_device(OP, "x", x, "weight", weight)
+    require_like(OP, "x", x, "weight", weight, x.shape[-1:])
     return torch.ops.grace.rms_norm(x.contiguous(), weight.contiguous(), eps)
 
 

@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 
 from grace import _library
-from grace.ops._checks import accumulate_dtype, require, require_floating, require_same_device
+from grace.ops._checks import (
+    accumulate_dtype,
+    require,
+    require_floating,
+    require_like,
+    require_same_device,
+    require_same_dtype,
+)
 from grace.ops.rms_norm import normed
 
 OP = "rotary"
@@ -63,10 +70,10 @@ def rotary(
     _check_keys(q, k)
     rows = 1 if cos.dim() == 3 and cos.shape[0] == 1 else q.shape[0]
     for name, tensor in (("cos", cos), ("sin", sin)):
-        _require_like(name, tensor, (rows, q.shape[1], q.shape[-1]), q)
+        require_like(OP, "q", q, name, tensor, (rows, q.shape[1], q.shape[-1]))
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
         if weight is not None:
-            _require_like(name, weight, (q.shape[-1],), q)
+            require_like(OP, "q", q, name, weight, q.shape[-1:])
     embedding = cos.contiguous(), sin.contiguous()
     weights = (None if weight is None else weight.contiguous() for weight in (q_weight, k_weight))
     return torch.ops.grace.rotary(_in_heads(q), _in_heads(k), *embedding, *weights, eps)
@@ -74,18 +81,11 @@ def rotary(
 
 def _check_keys(q: Tensor, k: Tensor) -> None:
     rows, tokens, _, dim = q.shape
-    right = k.dim() == 4 and (*k.shape[:2], k.shape[3]) == (rows, tokens, dim)
-    allowed = f"have shape [{rows}, {tokens}, kv_heads, {dim}]"
-    require(right, OP, "k", allowed, list(k.shape))
-    require(k.dtype == q.dtype, OP, "k", f"be {q.dtype} like q", k.dtype)
+    if k.dim() != 4 or (*k.shape[:2], k.shape[3]) != (rows, tokens, dim):
+        allowed = f"[{rows}, {tokens}, kv_heads, {dim}]"
+        raise ValueError(f"{OP}: k must have shape {allowed}, got {list(k.shape)}")
+    require_same_dtype(OP, "q", q, "k", k)
     require_same_device(OP, "q", q, "k", k)
-
-
-def _require_like(name: str, tensor: Tensor, shape: tuple[int, ...], q: Tensor) -> None:
-    got = f"{tensor.dtype} {list(tensor.shape)}"
-    right = tensor.dtype == q.dtype and tensor.shape == shape
-    require(right, OP, name, f"be {q.dtype} {list(shape)}", got)
-    require_same_device(OP, "q", q, name, tensor)
 
 
 def _in_heads(x: Tensor) -> Tensor:

@@ -98,6 +98,17 @@ def dequant_gemm(dtype: torch.dtype) -> Arguments:
     return torch.randn(5, 96).to(dtype), qweight, scales, torch.randn(70).to(dtype), 4, 32, 70
 
 
+def rms_norm(dtype: torch.dtype) -> Arguments:
+    return torch.randn(5, 96).to(dtype), torch.randn(96).to(dtype), 1e-6
+
+
+def rotary(dtype: torch.dtype) -> Arguments:
+    fused = torch.randn(2, 5, 8 * 32).to(dtype)  # of queries, keys and values
+    q, k, _ = fused.unflatten(-1, (8, 32)).split([4, 2, 2], dim=2)
+    cos, sin = torch.randn(2, 1, 5, 32).to(dtype)
+    return q, k, cos, sin, torch.randn(32).to(dtype), None, 1e-6
+
+
 EXAMPLES: dict[str, Callable[[torch.dtype], Arguments]] = {
     make.__name__: make
     for make in (
@@ -115,5 +126,7 @@ EXAMPLES: dict[str, Callable[[torch.dtype], Arguments]] = {
         cka,
         cka_backward,
         dequant_gemm,
+        rms_norm,
+        rotary,
     )
 }
