@@ -18,17 +18,22 @@ GREEDY: dict[str, Any] = {"do_sample": False}
 SAMPLED: dict[str, Any] = {"do_sample": True, "temperature": 1.5, "top_k": 20, "top_p": 0.95}
 
 
-def made(kind: str, packed: bool = False, **text: Any) -> nn.Module:
+def made(kind: str, packed: bool = False, fuse: bool = True, **text: Any) -> nn.Module:
     """A model whose answers have many tokens: what is drawn small at first says one for ever."""
-    model: Any = families.FAMILIES[kind](**text).eval()
+    return varied(families.FAMILIES[kind](**text), packed, fuse)
+
+
+def varied(model: Any, packed: bool = False, fuse: bool = True) -> nn.Module:
+    """The model with larger weights, and packed, in place."""
+    model = model.eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(3)
     if packed:
         grace.quantize(model, group_size=32, init="absmax")
-        grace.pack(model, fuse=True)
-        assert any(isinstance(module, FusedLinear) for module in model.modules())
+        grace.pack(model, fuse=fuse)
+        assert any(isinstance(module, FusedLinear) for module in model.modules()) == fuse
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model.eval()

@@ -15,8 +15,8 @@ _ASKED = "_get_generation_parameters"
 class LookOnce:
     """Remembers that no generation parameters were put into a model's config.
 
-    transformers asks the config for them in every call, which makes a whole default config: some
-    milliseconds of a prompt. Here it is asked once, and again when other attributes by the names of
+    transformers asks the config for them in every call, which makes a whole default config while a
+    GPU waits for its prompt. Here it is asked once, and again when other attributes by the names of
     generation parameters are there, which is all that its answer hangs on; what it says then, and
     what transformers makes of it, is transformers'.
     """

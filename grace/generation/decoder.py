@@ -61,10 +61,8 @@ class Layer:
         self._index, self._scale = attention.layer_idx, attention.scaling
         self._dim = attention.head_dim
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self._norm, self._mlp_norm = (
-            norm_of(layer.input_layernorm),
-            norm_of(layer.post_attention_layernorm),
-        )
+        self._norm = norm_of(layer.input_layernorm)
+        self._mlp_norm = norm_of(layer.post_attention_layernorm)
         self._qkv = _projections(attention, (heads, kv_heads, kv_heads))
         self._o = adding(attention.o_proj)
         self._mlp = _mlp(layer.mlp)
@@ -80,14 +78,10 @@ class Layer:
         **kwargs: Any,
     ) -> Any:
         """As the layer's: [rows, tokens, hidden] → the same."""
-        if type(past_key_values) is SharedCache and not args and self._takes(hidden_states, kwargs):
-            prompt = past_key_values.filling
-            if prompt or _is_step(hidden_states, attention_mask, past_key_values):
-                attend = self._prompt if prompt else self._step
-                x = attend(
-                    hidden_states, position_embeddings, attention_mask, past_key_values, kwargs
-                )
-                return self._mlp(self._mlp_norm(x), x)
+        given = hidden_states, position_embeddings, attention_mask, past_key_values
+        x = None if args else self._attended(*given, kwargs)
+        if x is not None:
+            return self._mlp(self._mlp_norm(x), x)
         return self._own(
             hidden_states,
             *args,
@@ -97,18 +91,23 @@ class Layer:
             **kwargs,
         )
 
-    def _takes(self, x: Tensor, kwargs: dict[str, Any]) -> bool:
-        """Whether it is asked for nothing that only the layer's own forward gives."""
-        return (
-            not kwargs.get("output_attentions")
-            and self._config._attn_implementation in ALL_ATTENTION_FUNCTIONS
-            and not torch.is_autocast_enabled(x.device.type)
-        )
+    def _attended(
+        self, x: Tensor, embedding: Any, mask: Any, cache: Any, kwargs: dict[str, Any]
+    ) -> Tensor | None:
+        """``x + attention(norm(x))``; None where only the layer's own forward does as asked."""
+        if type(cache) is not SharedCache or kwargs.get("output_attentions"):
+            return None
+        if torch.is_autocast_enabled(x.device.type):
+            return None
+        if not cache.filling:
+            return self._step(x, embedding, mask, cache) if _is_step(x, mask, cache) else None
+        attend = ALL_ATTENTION_FUNCTIONS.get(self._config._attn_implementation)
+        if attend is None:
+            return None
+        return self._prompt(x, embedding, mask, cache, attend, kwargs)
 
-    def _step(
-        self, x: Tensor, embedding: Any, mask: Tensor, cache: SharedCache, _: dict[str, Any]
-    ) -> Tensor:
-        """``x + attention(norm(x))`` of one token a row, over the cache."""
+    def _step(self, x: Tensor, embedding: Any, mask: Tensor, cache: SharedCache) -> Tensor:
+        """Of one token a row, over the cache."""
         q, k, v = self._qkv(self._norm(x), (len(x), -1, self._dim))
         cos, sin = embedding
         held: Any = cache.layers[self._index]
@@ -119,13 +118,18 @@ class Layer:
         return self._o(out[:, None], x)
 
     def _prompt(
-        self, x: Tensor, embedding: Any, mask: Any, cache: SharedCache, kwargs: dict[str, Any]
+        self,
+        x: Tensor,
+        embedding: Any,
+        mask: Any,
+        cache: SharedCache,
+        attend: Callable[..., Any],
+        kwargs: dict[str, Any],
     ) -> Tensor:
-        """The same of a prompt, which fills the cache."""
+        """Of a prompt, which fills the cache; by an attention of transformers."""
         q, k, v = self._qkv(self._norm(x), (*x.shape[:2], -1, self._dim))
         q, k = rotary(q, k, *embedding, **self._norms)
         k, v = cache.update(k, v.transpose(1, 2), self._index)
-        attend = ALL_ATTENTION_FUNCTIONS[self._config._attn_implementation]
         options = {"dropout": 0.0, "scaling": self._scale, **kwargs}
         out: Tensor = attend(self._attention, q, k, v, mask, **options)[0]
         return self._o(out.reshape(*x.shape[:2], -1), x)

@@ -42,14 +42,13 @@ def why_not(model: Any) -> str:
     text = model.config.get_text_config(decoder=True)
     if text._attn_implementation != "sdpa":
         return f"its attention is {text._attn_implementation}, not sdpa"
-    decoder = model.get_decoder()
+    decoder, dtype = model.get_decoder(), model.get_input_embeddings().weight.dtype
     for layer in decoder.layers:
-        why = _why_not_layer(layer)
+        why = _why_not_layer(layer) or _why_not_norms(list(_norms(layer)), dtype)
+        why = why or _why_not_heads(layer, model.device, dtype)
         if why:
             return why
-    norms = [decoder.norm, *(norm for layer in decoder.layers for norm in _norms(layer))]
-    dtype = model.get_input_embeddings().weight.dtype
-    return _why_not_norms(norms, dtype) or _why_not_heads(decoder.layers[0], model.device, dtype)
+    return _why_not_norms([decoder.norm], dtype)
 
 
 def _why_not_layer(layer: nn.Module) -> str:

@@ -8,6 +8,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -27,6 +28,8 @@ from grace.nn.head import check_head, quantize_head
 logger = logging.getLogger(__name__)
 
 _SIZES = 8  # of batch and cache that are kept, with their graphs
+_LOCKS: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # of models
+_LOCKS_LOCK = threading.Lock()
 
 
 class Generator:
@@ -38,8 +41,9 @@ class Generator:
     late, and never makes the device wait. Where nothing can be captured (a CPU, sliding windows, …)
     the same loop runs without.
 
-    One generator serves one call at a time; calls of other threads wait. Its caches lie in one
-    memory, as large as the largest batch so far needed.
+    One call at a time goes through a model, whose layers are replaced meanwhile; calls of other
+    threads, of its other generators, too, wait. Caches of a generator lie in one memory, as large
+    as the largest batch so far needed.
 
     Args:
         model: any decoder-only model of transformers with images or without, in eval mode, on one
@@ -102,7 +106,9 @@ class Generator:
         if lm_head_bits is not None:
             check_head("Generator", model, lm_head_bits)
             quantize_head(model, lm_head_bits)
-        self.layers = known_layers(layers, model, attention)
+        self._model_lock = _lock_of(model)
+        with self._model_lock:  # in an answer of another generator layers are not what they are
+            self.layers = known_layers(layers, model, attention)
         self._forward = fast.decode_forward(model, compile)
         self.compiles = bool(compile) or attention == "flex"
         self._lag = 1 if cuda else 0
@@ -149,6 +155,7 @@ class Generator:
 
         # Buffers are written to by later calls, which need not be in inference mode.
         with (
+            self._model_lock,
             self._lock,
             self._on_device(),
             self._looks.asking(self.model.config),
@@ -253,3 +260,9 @@ class Generator:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         return self._pool
+
+
+def _lock_of(model: Any) -> Any:
+    """What a model's generators take in turns; one that answers inside another's callbacks may."""
+    with _LOCKS_LOCK:
+        return _LOCKS.setdefault(model, threading.RLock())

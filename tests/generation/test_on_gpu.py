@@ -130,6 +130,102 @@ def test_other_ways_to_compute_a_step(kind: str, options: dict[str, Any]) -> Non
     assert (ours - usual).abs().max() <= 4 * noise + 0.02 * usual.abs().max()
 
 
+# --- decoder layers of our own ops ---------------------------------------------------------------
+
+
+def with_heads_of(kind: str, dim: int, packed: bool, **text: Any) -> Any:
+    """A model in bfloat16 that has four heads of this size, on the GPU."""
+    sizes = {"hidden_size": 4 * dim, "intermediate_size": 4 * dim, **text}
+    sizes |= {"head_dim": dim} if kind == "qwen3_vl" else {}
+    if kind in families.QWEN:
+        sections = [dim // 4, dim // 8, dim // 8]
+        sizes["rope_parameters"] = {**families._ROPE, "mrope_section": sections}
+    return made(kind, packed, **sizes).bfloat16().cuda()
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kind", families.FAMILIES)
+def test_our_layers_are_the_default_and_as_near_to_the_truth(
+    kind: str, packed: bool, dim: int
+) -> None:
+    """Root mean square errors of logits to those in float32, captured and as transformers says."""
+    model, truth = (with_heads_of(kind, dim, packed) for _ in range(2))
+    truth.float()
+    generator = Generator(model)
+    assert generator.layers.name == "grace"
+    for padded in (True, False):
+        inputs = on_gpu(asked(kind, padded), torch.bfloat16)
+        theirs, ours = (logits_of(g, inputs) for g in (model.generate, generator.generate))
+        assert torch.equal(logits_of(generator.generate, inputs), ours)  # replayed
+        exact = logits_of(truth.generate, on_gpu(inputs, torch.float32))
+        error, noise = ((logits - exact).square().mean().sqrt() for logits in (ours, theirs))
+        assert 0 < error <= 1.5 * noise, padded
+    (steps,) = generator._sizes.values()
+    assert list(steps._graphs) == [False]
+
+
+@pytest.mark.parametrize("prefill_step", [None, 64])
+@pytest.mark.parametrize("kind", ["llava", "qwen2_vl", "qwen3_vl"])
+def test_a_replay_of_our_layers_is_the_step_bit_for_bit(
+    kind: str, prefill_step: int | None
+) -> None:
+    model = with_heads_of(kind, 64, packed=True)
+    inputs = on_gpu(asked(kind), torch.bfloat16)
+    options = {"prefill_step": prefill_step, "layers": "grace"}
+    generator = Generator(model, **options)
+    eager = logits_of(Generator(model, capture=False, **options).generate, inputs)
+    for _ in range(3):
+        assert torch.equal(logits_of(generator.generate, inputs), eager)
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen3_vl"])
+def test_a_step_of_our_layers_is_seven_kernels_a_layer(kind: str) -> None:
+    """The difference between models of two layers and of four: what else a step is falls away."""
+    launches = []
+    for layers in (2, 4):
+        model = with_heads_of(kind, 128, packed=True, num_hidden_layers=layers)
+        inputs = on_gpu(asked(kind, padded=False), torch.bfloat16)
+        generator = Generator(model, layers="grace", capture=False)
+        generator.generate(**inputs, max_new_tokens=NEW, **GREEDY)
+        (steps,) = generator._sizes.values()
+        steps.cache.position.fill_(inputs["input_ids"].shape[1])
+        activities = [torch.profiler.ProfilerActivity.CUDA]
+        with generator.stepping(), torch.no_grad():
+            steps.run(True)
+            with torch.profiler.profile(activities=activities) as profile:
+                steps.run(True)
+                torch.cuda.synchronize()
+        launches.append(sum(event.count for event in profile.key_averages()))
+    assert (launches[1] - launches[0]) / 2 <= 7
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_our_layers_with_batches_and_samples(count: int) -> None:
+    model = with_heads_of("llava", 64, packed=True)
+    given = on_gpu(asked("llava", padded=False), torch.bfloat16)
+    ids = given["input_ids"][:1, -4:].repeat(count, 1)
+    ids[:, -1] = torch.arange(count, device="cuda") + 8
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    captured, eager = Generator(model), Generator(model, capture=False)
+    for arguments in (GREEDY, SAMPLED, GREEDY):
+        said = []
+        for generator in (captured, eager):
+            torch.manual_seed(5)
+            said.append(generator.generate(**inputs, max_new_tokens=NEW, **arguments))
+        assert torch.equal(*said)
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen3_vl"])
+def test_our_layers_compiled(kind: str) -> None:
+    model = with_heads_of(kind, 64, packed=True)
+    inputs = on_gpu(asked(kind), torch.bfloat16)
+    usual = logits_of(Generator(model).generate, inputs)
+    ours = logits_of(Generator(model, layers="grace", compile=True).generate, inputs)
+    noise = (usual - logits_of(model.generate, inputs)).abs().max()
+    assert (ours - usual).abs().max() <= 4 * noise + 0.02 * usual.abs().max()
+
+
 @pytest.mark.parametrize("options", [{}, {"prefill_step": 64}], ids=["", "prefill"])
 def test_memory_is_that_of_the_largest_batch(options: dict[str, Any]) -> None:
     model: Any = made("llava", packed=True).bfloat16().cuda()
