@@ -16,7 +16,14 @@ import torch
 from torch import Tensor
 
 from grace import _library
-from grace.ops._checks import accumulate_dtype, require, require_floating, require_same_device
+from grace.ops._checks import (
+    accumulate_dtype,
+    require,
+    require_dims,
+    require_floating,
+    require_like,
+    require_same_device,
+)
 
 OP = "decode_attention"
 HEAD_DIMS = (64, 128)  # that the CUDA kernel is made for
@@ -78,7 +85,7 @@ def decode_attention(
     _check_places(q, cos, sin, keys, position, mask)
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
         if weight is not None:
-            _require_like(name, weight, (q.shape[-1],), q)
+            require_like(OP, "q", q, name, weight, (q.shape[-1],))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     arguments = (q, k, v, cos.contiguous(), sin.contiguous(), keys, values, position, mask)
     return torch.ops.grace.decode_attention(*arguments, q_weight, k_weight, eps, scale)
@@ -92,22 +99,23 @@ def runs_on_gpu(heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> bool
 
 def _check(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> None:
     require_floating(OP, "q", q)
-    require(q.dim() == 3, OP, "q", "have shape [rows, heads, dim]", list(q.shape))
-    require(keys.dim() == 4, OP, "keys", "have 4 dimensions", list(keys.shape))
+    require_dims(OP, "q", q, 3)
+    require_dims(OP, "keys", keys, 4)
     (rows, heads, dim), (_, kv_heads, length, _) = q.shape, keys.shape
-    divides = kv_heads > 0 and heads % kv_heads == 0
-    require(divides, OP, "keys", f"have a number of heads that divides {heads}", kv_heads)
+    if kv_heads == 0 or heads % kv_heads:
+        allowed = f"have a number of heads that divides {heads}"
+        raise ValueError(f"{OP}: keys must {allowed}, got {kv_heads}")
     require(dim % 2 == 0, OP, "q", "have an even dim", dim)
     for name, tensor in (("keys", keys), ("values", values)):
-        _require_like(name, tensor, (rows, kv_heads, length, dim), q)
+        require_like(OP, "q", q, name, tensor, (rows, kv_heads, length, dim))
         require(tensor.is_contiguous(), OP, name, "be contiguous", "strides")
     for name, tensor in (("k", k), ("v", v)):
-        _require_like(name, tensor, (rows, kv_heads, dim), q)
-    if q.is_cuda:
+        require_like(OP, "q", q, name, tensor, (rows, kv_heads, dim))
+    if q.is_cuda and not runs_on_gpu(heads, kv_heads, dim, q.dtype):
         dims = " or ".join(map(str, HEAD_DIMS))
         allowed = f"be 16-bit with dim {dims} and at most {MOST_GROUP} heads a head of keys"
         got = f"{q.dtype}, dim {dim}, {heads} heads of {kv_heads}"
-        require(runs_on_gpu(heads, kv_heads, dim, q.dtype), OP, "q", f"{allowed} on a GPU", got)
+        raise ValueError(f"{OP}: q must {allowed} on a GPU, got {got}")
 
 
 def _check_places(
@@ -116,21 +124,15 @@ def _check_places(
     rows, dim, length = q.shape[0], q.shape[-1], keys.shape[2]
     one = cos.dim() == 2 and cos.shape[0] == 1
     for name, tensor in (("cos", cos), ("sin", sin)):
-        _require_like(name, tensor, (1 if one else rows, dim), q)
-    integer = position.dtype == torch.int64 and position.shape == (1,)
-    require(integer, OP, "position", "be int64 [1]", f"{position.dtype} {list(position.shape)}")
-    require_same_device(OP, "q", q, "position", position)
-    shown = mask.dtype == torch.bool and mask.shape == (rows, length)
-    got = f"{mask.dtype} {list(mask.shape)}"
-    require(shown, OP, "mask", f"be bool [{rows}, {length}]", got)
-    require_same_device(OP, "q", q, "mask", mask)
-
-
-def _require_like(name: str, tensor: Tensor, shape: tuple[int, ...], q: Tensor) -> None:
-    got = f"{tensor.dtype} {list(tensor.shape)}"
-    right = tensor.dtype == q.dtype and tensor.shape == shape
-    require(right, OP, name, f"be {q.dtype} {list(shape)}", got)
-    require_same_device(OP, "q", q, name, tensor)
+        require_like(OP, "q", q, name, tensor, (1 if one else rows, dim))
+    for name, tensor, dtype, shape in (
+        ("position", position, torch.int64, (1,)),
+        ("mask", mask, torch.bool, (rows, length)),
+    ):
+        if tensor.dtype != dtype or tensor.shape != shape:
+            kind, got = str(dtype).removeprefix("torch."), f"{tensor.dtype} {list(tensor.shape)}"
+            raise ValueError(f"{OP}: {name} must be {kind} {list(shape)}, got {got}")
+        require_same_device(OP, "q", q, name, tensor)
 
 
 @_library.reference(OP)

@@ -211,7 +211,7 @@ def test_compiles_once_for_all_sizes():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"q": torch.zeros(2, 4)}, r"q must have shape \[rows, heads, dim\], got \[2, 4\]"),
+        ({"q": torch.zeros(2, 4)}, r"q must have 3 dimensions, got shape \[2, 4\]"),
         ({"q": torch.zeros(2, 4, 64, dtype=torch.int32)}, "q must be one of float32, bfloat16"),
         ({"keys": torch.zeros(2, 3, 50, 64)}, "a number of heads that divides 4, got 3"),
         ({"k": torch.zeros(2, 2, 32)}, r"k must be torch.bfloat16 \[2, 2, 64\], got torch.float32"),

@@ -7,7 +7,7 @@
 
 namespace grace::decode_attention {
 
-constexpr int kWarps = 6, kThreads = kWarps * kWarpSize;
+constexpr int kWarps = 8, kThreads = kWarps * kWarpSize;
 constexpr int kTileKeys = 16;    // tokens of the cache that a warp takes at a time
 constexpr int kMostHeads = 16;   // query heads of one head of the cache
 constexpr int kMostCluster = 8;  // blocks that share a head of the cache

@@ -104,15 +104,18 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kHalves>)
   if (!early && first <= cache.last) load();
 
   Sums<kDim, kHalves, T> sums;
+#pragma unroll 1
   while (first <= cache.last) {
     float scores[2][4] = {};
     sums.score(queries, kPitch<kDim>, keys, scores);
     const unsigned seen = keys.seen;
     first += step;
+    __syncwarp();  // no earlier: registers are scarce
     if (first <= cache.last) keys.load(cache, first);
-    uint32_t weights[2][kHalves];
+    uint32_t weights[kHalves][2];
     sums.weigh(scores, seen, call.scale, weights);
     sums.add(weights, values);
+    __syncwarp();
     if (first <= cache.last) values.load(cache, first);
   }
   store_part(sums, call.group, part_at(parts, warp, call.group, kDim));

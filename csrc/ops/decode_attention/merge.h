@@ -25,27 +25,25 @@ __device__ __forceinline__ Part part_at(float* parts, int i, int group, int dim)
 template <int kDim, int kHalves, typename T>
 __device__ __forceinline__ void store_part(const Sums<kDim, kHalves, T>& sums, int group,
                                            const Part& part) {
-  const int lane = threadIdx.x % kWarpSize, tig = lane % 4;
+  const int lane = threadIdx.x % kWarpSize, gid = lane / 4, tig = lane % 4;
 #pragma unroll
   for (int r = 0; r < kHalves; ++r) {
     float sum = sums.sum[r];
     sum += __shfl_xor_sync(kFullWarp, sum, 1);
     sum += __shfl_xor_sync(kFullWarp, sum, 2);
-    const int head = lane / 4 + 8 * r;
-    if (head >= group) continue;
-    if (tig == 0) {
-      part.most[head] = sums.most[r];
-      part.sum[head] = sum;
+    if (tig == 0 && 8 * r + gid < group) {
+      part.most[8 * r + gid] = sums.most[r];
+      part.sum[8 * r + gid] = sum;
     }
 #pragma unroll
-    for (int u = 0; u < kDim / 8; u += 4) {  // four neighbours of column 2 tig + i
+    for (int i = 0; i < 2; ++i) {
+      const int head = 8 * r + 2 * tig + i;
+      if (head >= group) continue;
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int element = u / 8 * 64 + (2 * tig + i) * 8 + u % 8;
-        *reinterpret_cast<float4*>(part.out + head * kDim + element) = {
-            sums.out[u][2 * r + i], sums.out[u + 1][2 * r + i], sums.out[u + 2][2 * r + i],
-            sums.out[u + 3][2 * r + i]};
-      }
+      for (int u = 0; u < kDim / 16; u += 2)
+        *reinterpret_cast<float4*>(part.out + head * kDim + u / 4 * 64 + 8 * gid + u % 4 * 2) = {
+            sums.out[u][r][i], sums.out[u][r][2 + i], sums.out[u + 1][r][i],
+            sums.out[u + 1][r][2 + i]};
     }
   }
 }

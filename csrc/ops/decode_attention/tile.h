@@ -79,11 +79,13 @@ struct Values {
   }
 };
 
-// Running softmax of a warp's tokens, for rows gid (and gid + 8 with two halves) of the group.
+// Running softmax of a warp's tokens. Scores are of rows gid (and gid + 8 with two halves) of the
+// group; sums of heads 8 r + 2 tig + i, elements 64 s + 8 gid + 2 j + e, at out[4 s + j][r][2 e +
+// i].
 template <int kDim, int kHalves, typename T>
 struct Sums {
-  static constexpr int kSteps = kDim / 32, kProducts = kDim / 8;
-  float out[kProducts][2 * kHalves] = {};
+  static constexpr int kSteps = kDim / 32, kProducts = kDim / 16;
+  float out[kProducts][kHalves][4] = {};
   float most[kHalves], sum[kHalves] = {};  // of scores, in units of log 2; of this lane's weights
 
   __device__ __forceinline__ Sums() {
@@ -99,55 +101,55 @@ struct Sums {
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
       const uint4 a = *reinterpret_cast<const uint4*>(row + 32 * s);
-      const uint4 below =
-          kHalves == 2 ? *reinterpret_cast<const uint4*>(row + 8 * pitch + 32 * s) : a;
+      uint4 below = {0, 0, 0, 0};
+      if constexpr (kHalves == 2) below = *reinterpret_cast<const uint4*>(row + 8 * pitch + 32 * s);
+      const uint32_t first[4] = {a.x, below.x, a.y, below.y};
+      const uint32_t second[4] = {a.z, below.z, a.w, below.w};
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const uint4& b = keys.of[h][s];
-        multiply(scores[h], a.x, below.x, a.y, below.y, b.x, b.y);
-        multiply(scores[h], a.z, below.z, a.w, below.w, b.z, b.w);
+        mma_m16n8k16<T>(scores[h], first, {b.x, b.y});
+        mma_m16n8k16<T>(scores[h], second, {b.z, b.w});
       }
     }
   }
 
-  // Scores become weights relative to the largest so far, in the registers of operand A.
+  // Scores become weights relative to the largest so far.
   __device__ __forceinline__ void weigh(const float (&scores)[2][4], unsigned seen, float scale,
-                                        uint32_t (&weights)[2][kHalves]) {
+                                        uint32_t (&weights)[kHalves][2]) {
+    const int tig = threadIdx.x % 4;
 #pragma unroll
-    for (int r = 0; r < kHalves; ++r) weigh_row(r, scores, seen, scale, weights);
+    for (int r = 0; r < kHalves; ++r) {
+      const float before = weigh_row(r, scores, seen, scale, weights[r]);
+      const float of_head[2] = {__shfl_sync(kFullWarp, before, 8 * tig),
+                                __shfl_sync(kFullWarp, before, 8 * tig + 4)};
+#pragma unroll
+      for (int u = 0; u < kProducts; ++u)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) out[u][r][i] *= of_head[i % 2];
+    }
   }
 
-  __device__ __forceinline__ void add(const uint32_t (&weights)[2][kHalves],
+  __device__ __forceinline__ void add(const uint32_t (&weights)[kHalves][2],
                                       const Values<kDim, T>& values) {
-    constexpr int kBelow = kHalves - 1;
 #pragma unroll
     for (int u = 0; u < kProducts; ++u) {
-      uint32_t b[2];
+      uint32_t a[4];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const uint32_t one = values.words(2 * half, u / 2);
-        const uint32_t other = values.words(2 * half + 1, u / 2);
-        b[half] = u % 2 == 0 ? (one & 0xffffu) | other << 16 : one >> 16 | (other & 0xffff0000u);
+        const uint32_t one = values.words(2 * half, u), other = values.words(2 * half + 1, u);
+        a[2 * half] = (one & 0xffffu) | other << 16;
+        a[2 * half + 1] = one >> 16 | (other & 0xffff0000u);
       }
-      float d[4] = {out[u][0], out[u][1], kHalves == 2 ? out[u][2 * kBelow] : 0.0f,
-                    kHalves == 2 ? out[u][2 * kBelow + 1] : 0.0f};
-      multiply(d, weights[0][0], weights[0][kBelow], weights[1][0], weights[1][kBelow], b[0], b[1]);
 #pragma unroll
-      for (int i = 0; i < 2 * kHalves; ++i) out[u][i] = d[i];
+      for (int r = 0; r < kHalves; ++r) mma_m16n8k16<T>(out[u][r], a, weights[r]);
     }
   }
 
  private:
-  // a0, a2: of row gid; a1, a3: of row gid + 8, of which there is nothing where all rows are eight.
-  __device__ __forceinline__ static void multiply(float (&d)[4], uint32_t a0, uint32_t a1,
-                                                  uint32_t a2, uint32_t a3, uint32_t b0,
-                                                  uint32_t b1) {
-    const uint32_t a[4] = {a0, kHalves == 2 ? a1 : 0, a2, kHalves == 2 ? a3 : 0}, b[2] = {b0, b1};
-    mma_m16n8k16<T>(d, a, b);
-  }
-
-  __device__ __forceinline__ void weigh_row(int r, const float (&scores)[2][4], unsigned seen,
-                                            float scale, uint32_t (&weights)[2][kHalves]) {
+  // Returns what earlier sums of the row are to be multiplied by.
+  __device__ __forceinline__ float weigh_row(int r, const float (&scores)[2][4], unsigned seen,
+                                             float scale, uint32_t (&weights)[2]) {
     float in_log2[4], largest = most[r];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -162,12 +164,9 @@ struct Sums {
 #pragma unroll
     for (int i = 0; i < 4; ++i) in_log2[i] = exp2f(in_log2[i] - base);
     sum[r] = sum[r] * before + ((in_log2[0] + in_log2[1]) + (in_log2[2] + in_log2[3]));
-#pragma unroll
-    for (int u = 0; u < kProducts; ++u)
-#pragma unroll
-      for (int i = 0; i < 2; ++i) out[u][2 * r + i] *= before;
-    weights[0][r] = pair_from_floats<T>(in_log2[0], in_log2[1]);
-    weights[1][r] = pair_from_floats<T>(in_log2[2], in_log2[3]);
+    weights[0] = pair_from_floats<T>(in_log2[0], in_log2[1]);
+    weights[1] = pair_from_floats<T>(in_log2[2], in_log2[3]);
+    return before;
   }
 };
 
