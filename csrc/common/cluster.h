@@ -58,11 +58,9 @@ __device__ __forceinline__ uint32_t address_in(const void* p, int rank) {
   return address_in(shared_address(p), rank);
 }
 
-// What lies there: a float that its block wrote before a barrier of the cluster.
-__device__ __forceinline__ float read_remote(uint32_t remote) {
-  float value;
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(remote) : "memory");
-  return value;
+// Puts a float there: its block sees it behind a barrier of the cluster.
+__device__ __forceinline__ void write_remote(uint32_t remote, float value) {
+  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(remote), "f"(value) : "memory");
 }
 
 // Barriers, by their address in shared memory.

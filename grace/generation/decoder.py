@@ -112,9 +112,9 @@ class Layer:
         cos, sin = embedding
         held: Any = cache.layers[self._index]
         places = held.keys, held.values, cache.position, mask.flatten(1)
-        out = decode_attention(
-            q, k, v, cos[:, 0], sin[:, 0], *places, **self._norms, scale=self._scale
-        )
+        # Kernels that choose the last token and embed it lie between what was cached and this one.
+        options = {**self._norms, "scale": self._scale, "settled": True}
+        out = decode_attention(q, k, v, cos[:, 0], sin[:, 0], *places, **options)
         return self._o(out[:, None], x)
 
     def _prompt(

@@ -32,8 +32,8 @@ MOST_GROUP = 16  # query heads a head of the cache, on a GPU
 _library.define(
     OP,
     "(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, "
-    "Tensor position, Tensor mask, Tensor? q_weight, Tensor? k_weight, float eps, float scale) "
-    "-> Tensor",
+    "Tensor position, Tensor mask, Tensor? q_weight, Tensor? k_weight, float eps, float scale, "
+    "bool settled=False) -> Tensor",
 )
 
 
@@ -52,6 +52,7 @@ def decode_attention(
     k_weight: Tensor | None = None,
     eps: float = 1e-6,
     scale: float | None = None,
+    settled: bool = False,
 ) -> Tensor:
     """Puts a new token's key and value in their place in the cache, and attends.
 
@@ -71,6 +72,10 @@ def decode_attention(
         k_weight: the same of the keys.
         eps: of these norms.
         scale: of the products; default dim^-½.
+        settled: True promises that ``position``, ``mask`` and what the cache holds before
+            ``position`` were written before the last kernel of the stream that is no dependent
+            launch: on a GPU the cache is then read while the kernels ahead still run. In a decode
+            step of `Generator` that is so, as its tokens are chosen by such kernels.
 
     Returns:
         [rows, heads · dim] in the dtype of ``q``. Sums are fp32; queries, keys and probabilities
@@ -88,7 +93,7 @@ def decode_attention(
             require_like(OP, "q", q, name, weight, (q.shape[-1],))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     arguments = (q, k, v, cos.contiguous(), sin.contiguous(), keys, values, position, mask)
-    return torch.ops.grace.decode_attention(*arguments, q_weight, k_weight, eps, scale)
+    return torch.ops.grace.decode_attention(*arguments, q_weight, k_weight, eps, scale, settled)
 
 
 def runs_on_gpu(heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> bool:
@@ -150,6 +155,7 @@ def reference(
     k_weight: Tensor | None,
     eps: float,
     scale: float,
+    settled: bool = False,
 ) -> Tensor:
     """decode_attention in plain PyTorch, in float32 (float64 for float64 q)."""
     dtype, compute = q.dtype, accumulate_dtype(q.dtype)
@@ -194,5 +200,6 @@ def _(
     k_weight: Tensor | None,
     eps: float,
     scale: float,
+    settled: bool = False,
 ) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[1] * q.shape[2])

@@ -26,6 +26,7 @@ struct Call {
   T* out;                        // [rows][heads][dim]
   int kv_heads, group, length, mask_stride;
   float eps, scale;
+  bool settled;  // what was cached may be read while the kernel ahead still runs
 };
 
 // RMS norm where there is a weight, rotary embedding, one rounding: a warp a head. A lane holds

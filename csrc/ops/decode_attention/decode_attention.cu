@@ -25,8 +25,9 @@ constexpr int query_bytes() {
 }
 
 template <int kDim>
-size_t shared_bytes(int group) {
-  return query_bytes<kDim>() + (kWarps + 1) * part_floats(group, kDim) * sizeof(float);
+size_t shared_bytes(int group, int cluster) {
+  const int parts = kWarps + (cluster > 1 ? cluster : 0);
+  return query_bytes<kDim>() + parts * part_floats(group, kDim) * sizeof(float);
 }
 
 // Where a block stands.
@@ -86,7 +87,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kHalves>)
   float* const parts = reinterpret_cast<float*>(shared + query_bytes<kDim>());
   const Place place(call.kv_heads, cluster);
   const int warp = threadIdx.x / kWarpSize;
-  wait_for_previous_kernel();
+  if (cluster > 1) cluster_arrive();  // this block runs
+  if (!call.settled) wait_for_previous_kernel();
 
   const Cache<T> cache = cache_of(call, place, kDim);
   const int step = kTileKeys * kWarps * cluster;
@@ -99,6 +101,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kHalves>)
   };
   const bool early = first + kTileKeys <= cache.last;  // the new token is not among them
   if (early) load();
+  if (call.settled) wait_for_previous_kernel();
   take_token<kDim>(call, place, cache.last / kTileKeys % cluster == place.rank, cache, queries);
   __syncthreads();  // the block that reads the new token's key is the one that wrote it
   if (!early && first <= cache.last) load();
@@ -126,23 +129,20 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kHalves>)
   const auto finish = [&](int, int i, const Total& total) {
     out[i] = from_float<T>(total.out / total.sum);
   };
+  const int all = call.group * kDim;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   if (cluster > 1) {
-    const Part own = part_at(parts, kWarps, call.group, kDim);
-    merge_warps<kDim>(parts, call.group, [&](int head_of, int i, const Total& total) {
-      own.out[i] = total.out;
-      if (i % kDim == 0) {
-        own.most[head_of] = total.most;
-        own.sum[head_of] = total.sum;
-      }
-    });
+    cluster_wait();  // all blocks run
+    send<kDim>(parts, call.group, place.rank, cluster);
     cluster_barrier(cluster);
-    merge_blocks<kDim>(parts, call.group, place.rank, cluster, finish);
-    cluster_barrier(cluster);  // others may still read here
+    // Elements i with i * cluster / all == rank.
+    const int begin = ceil_div(all * place.rank, cluster);
+    const int end = ceil_div(all * (place.rank + 1), cluster);
+    merge<kDim>(parts, kWarps, cluster, call.group, begin, end, finish);
     return;
   }
 #endif
-  merge_warps<kDim>(parts, call.group, finish);
+  merge<kDim>(parts, 0, kWarps, call.group, 0, all, finish);
 }
 
 // --- launch --------------------------------------------------------------------------------------
@@ -164,7 +164,7 @@ void launch_call(const Call<T>& call, int64_t rows, int device) {
   const int64_t heads = rows * call.kv_heads;
   const int cluster = cluster_of(heads, call.length, Device::of(device));
   LaunchShape shape = {dim3(static_cast<unsigned>(heads * cluster)), kThreads,
-                       shared_bytes<kDim>(call.group)};
+                       shared_bytes<kDim>(call.group, cluster)};
   shape.dependent = true;
   shape.cluster = static_cast<unsigned>(cluster);
   launch(decode_attention_kernel<kDim, kHalves, T>, shape, device, call, cluster);
@@ -192,7 +192,8 @@ Tensor decode_attention_cuda(const Tensor& q_in, const Tensor& k_in, const Tenso
                              const Tensor& cos, const Tensor& sin, const Tensor& keys,
                              const Tensor& values, const Tensor& position, const Tensor& mask,
                              const std::optional<Tensor>& q_weight,
-                             const std::optional<Tensor>& k_weight, double eps, double scale) {
+                             const std::optional<Tensor>& k_weight, double eps, double scale,
+                             bool settled) {
   const Tensor q = in_rows(q_in), k = in_rows(k_in), v = in_rows(v_in);
   const int64_t rows = q.size(0), heads = q.size(1), dim = q.size(2), kv_heads = keys.size(1);
   STD_TORCH_CHECK(dim == 64 || dim == 128, "decode_attention: dim must be 64 or 128, got ", dim);
@@ -232,7 +233,8 @@ Tensor decode_attention_cuda(const Tensor& q_in, const Tensor& k_in, const Tenso
                           i(keys.size(2)),
                           i(mask.stride(0)),
                           static_cast<float>(eps),
-                          static_cast<float>(scale)};
+                          static_cast<float>(scale),
+                          settled};
     if (dim == 64) return launch_dim<64>(call, rows, device_of(q));
     launch_dim<128>(call, rows, device_of(q));
   };

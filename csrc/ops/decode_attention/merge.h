@@ -1,7 +1,8 @@
 // Partial softmax sums become one: of the warps of a block, then of the blocks of a cluster.
 //
 // A part is, of every query head, the largest score (in units of log 2), the sum of its weights and
-// dim sums of values, all relative to that score. Parts are added in the order of warps and ranks.
+// dim sums of values, all relative to that score. Parts are added in the order of warps and of
+// blocks.
 #pragma once
 
 #include "common/cluster.h"
@@ -65,36 +66,37 @@ __device__ __forceinline__ Total add_parts(int parts, Most&& most, Sum&& sum, Ou
   return total;
 }
 
-// The block's part, at index kWarps, out of those of its warps; `write(head, element, total)` too.
+// Adds up the parts first ... first + count - 1 of elements begin ... end - 1, and calls
+// write(head, element, total).
 template <int kDim, typename Write>
-__device__ __forceinline__ void merge_warps(float* parts, int group, Write&& write) {
-  for (int i = threadIdx.x; i < group * kDim; i += kThreads) {
+__device__ __forceinline__ void merge(float* parts, int first, int count, int group, int begin,
+                                      int end, Write&& write) {
+  for (int i = begin + static_cast<int>(threadIdx.x); i < end; i += kThreads) {
     const int head = i / kDim;
-    const auto part = [&](int warp) { return part_at(parts, warp, group, kDim); };
-    const Total total = add_parts(
-        kWarps, [&](int w) { return part(w).most[head]; }, [&](int w) { return part(w).sum[head]; },
-        [&](int w) { return part(w).out[i]; });
-    write(head, i, total);
+    const auto part = [&](int at) { return part_at(parts, first + at, group, kDim); };
+    write(head, i,
+          add_parts(
+              count, [&](int at) { return part(at).most[head]; },
+              [&](int at) { return part(at).sum[head]; }, [&](int at) { return part(at).out[i]; }));
   }
 }
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 
-// This block's share of the elements, out of the parts of all blocks of the cluster.
-template <int kDim, typename Write>
-__device__ __forceinline__ void merge_blocks(float* parts, int group, int rank, int cluster,
-                                             Write&& write) {
-  const Part own = part_at(parts, kWarps, group, kDim);
+// Adds up the block's parts and sends the result to the blocks of the cluster, each of which
+// finishes its share of the elements: there it lies behind the parts of that block's warps.
+template <int kDim>
+__device__ __forceinline__ void send(float* parts, int group, int rank, int cluster) {
   const int all = group * kDim;
-  for (int i = all * rank / cluster + static_cast<int>(threadIdx.x); i < all * (rank + 1) / cluster;
-       i += kThreads) {
-    const int head = i / kDim;
-    const auto at = [](const float* p, int block) { return read_remote(address_in(p, block)); };
-    const Total total = add_parts(
-        cluster, [&](int b) { return at(own.most + head, b); },
-        [&](int b) { return at(own.sum + head, b); }, [&](int b) { return at(own.out + i, b); });
-    write(head, i, total);
-  }
+  const Part to = part_at(parts, kWarps + rank, group, kDim);
+  merge<kDim>(parts, 0, kWarps, group, 0, all, [&](int head, int i, const Total& total) {
+    write_remote(address_in(to.out + i, i * cluster / all), total.out);
+    if (i % kDim != 0) return;
+    for (int block = 0; block < cluster; ++block) {
+      write_remote(address_in(to.most + head, block), total.most);
+      write_remote(address_in(to.sum + head, block), total.sum);
+    }
+  });
 }
 
 #endif
