@@ -196,7 +196,7 @@ def main(
         "LLaVA-1.5-7B,Qwen3-VL-2B,Qwen2-VL-2B,Qwen3-VL-8B"
     ),
     rows: Annotated[str, typer.Option(help="Rows of a step, as 1,8.")] = "1,8",
-    tokens: Annotated[int, typer.Option(min=1, help="Cached; default a prompt and 64.")] = 0,
+    tokens: Annotated[int, typer.Option(min=0, help="Cached; 0: a prompt and 64.")] = 0,
     keep: Annotated[bool, typer.Option(help="Write the op's table.")] = True,
 ) -> None:
     """Measures which plans make a decoder layer's step the fastest, and writes the op's table."""
