@@ -66,6 +66,39 @@ def _ratio(
     return f"{text} ({of(base) / value:.2f}×)"
 
 
+_COMPILED, _OURS = "bf16 static compiled", "grace"
+
+
+def headline(found: Mapping[tuple[str, int], Mapping[str, Row]]) -> str:
+    """A line a model and batch that both bf16 and grace were measured at."""
+    header = ["model, batch", "bf16", "compiled bf16", "grace", "over compiled", "over bf16"]
+    header += ["prefill over bf16", "memory of bf16's"]
+    lines = []
+    for (model, batch), sides in found.items():
+        if not {_BASE, _OURS} <= sides.keys():
+            continue
+        base, ours = sides[_BASE], sides[_OURS]
+        times = [base, sides.get(_COMPILED, {}), ours]
+        lines.append(
+            [
+                f"{model}, {batch}",
+                *(f"{row['ms_per_token']:.2f}" if row else _DASH for row in times),
+                *(_speed_up(row, ours, "ms_per_token") for row in (times[1], base)),
+                _speed_up(base, ours, "prefill_ms"),
+                _share(ours, base, "peak_mib"),
+            ]
+        )
+    return markdown(header, lines)
+
+
+def _speed_up(other: Row, ours: Row, key: str) -> str:
+    return f"{other[key] / ours[key]:.2f}×" if key in other else _DASH
+
+
+def _share(ours: Row, other: Row, key: str) -> str:
+    return f"{100 * ours[key] / other[key]:.0f} %" if key in other else _DASH
+
+
 def memory_table(found: Mapping[tuple[str, int], Mapping[str, Row]]) -> str:
     """Where the weights lie, of bf16 and of the packed model, MiB."""
     lines = []

@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import plot_dequant_gemm, plot_training_step  # noqa: E402
+from benchmarks import plot_dequant_gemm, plot_generate, plot_training_step  # noqa: E402
 from benchmarks.pages import gpu_results as results_of  # noqa: E402
 from benchmarks.plot_training_step import steps  # noqa: E402
 from benchmarks.results import since  # noqa: E402
@@ -132,6 +132,22 @@ def training_step() -> str:
     return "\n\n".join(parts)
 
 
+def generation() -> str:
+    """Whole answers with an image, against bf16 as transformers generates."""
+    parts = []
+    for gpu, content in results_of("generate").items():
+        head = (
+            f"Answers of 128 tokens about an image on {gpu.upper()}, random weights of the public "
+            "sizes, decode in ms a token: transformers' `generate` in bf16, the same on a static "
+            "cache and compiled, and `Generator` at 4 bits; "
+            "[every side, memory, kernels](docs/generation.md#measured)."
+        )
+        table = plot_generate.headline(plot_generate.cells(content))
+        image = f"![Time of a token and memory](docs/generation_{gpu}.png)"
+        parts.append(f"{head}\n\n{table}\n\n{image}")
+    return "\n\n".join(parts)
+
+
 def training_line(rows: dict[str, dict]) -> list[str]:
     """Of one size: times, speed-ups and memory; a dash for what was not timed."""
     ours = rows["grace"]
@@ -145,7 +161,7 @@ def training_line(rows: dict[str, dict]) -> list[str]:
 
 def filled(text: str) -> str:
     """The README with every marked block made anew."""
-    for make in (quickstart, dequant_gemm, training_ops, training_step):
+    for make in (quickstart, generation, dequant_gemm, training_ops, training_step):
         name = make.__name__
         pattern = rf"(<!-- begin {name} .*?-->\n).*?(<!-- end {name} -->)"
         text, count = re.subn(

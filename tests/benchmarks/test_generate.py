@@ -242,6 +242,16 @@ def content() -> dict[str, Any]:
     return {"environment": facts, "rows": rows}
 
 
+def test_the_headline_compares_with_both_of_transformers() -> None:
+    rows = content()["rows"]
+    compiled = {**rows[0], "side": "bf16 static compiled", "ms_per_token": 8.0}
+    lines = plot_generate.headline(plot_generate.cells({"rows": [*rows, compiled]})).splitlines()
+    assert lines[2] == "| LLaVA, 1 | 16.00 | 8.00 | 2.00 | 4.00× | 8.00× | 8.00× | 38 % |"
+    without = plot_generate.headline(plot_generate.cells({"rows": rows})).splitlines()
+    assert "| 16.00 | – | 2.00 | – | 8.00× |" in without[2]
+    assert len(plot_generate.headline(plot_generate.cells({"rows": rows[:1]})).splitlines()) == 2
+
+
 def test_the_page_holds_the_committed_results() -> None:
     assert plot_generate.main(["--check"]) == 0, plot_generate.COMMAND
 
