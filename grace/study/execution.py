@@ -11,12 +11,14 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from grace.study import worker
+from grace.study import models, worker
 from grace.study.arms import Arm
+from grace.study.config import StudyConfig
 from grace.study.task import METRICS, Task, finished
 
 # Steps of progress that scoring counts for, beside an arm's training steps.
@@ -51,6 +53,29 @@ def run_tasks(tasks: Sequence[Task], progress: Progress) -> list[dict[str, Any]]
             if now:
                 done |= _run_wave(now, progress)
     return [done[task] for task in tasks if task in done]
+
+
+def make_models(
+    config: StudyConfig, root: Path, device: str, until: float | None, progress: Progress
+) -> None:
+    """Teacher and student of a study that makes them: each on a GPU of its own where there are two.
+
+    Raises:
+        OutOfTime: `until` came first.
+    """
+    left = [which for which in ("teacher", "student") if not models.is_made(config, root, which)]
+    for which in left:
+        progress.start(which, 1)
+    if len(left) > 1 and len(gpus()) > 1:
+        with worker_pool(len(left)) as executor:
+            made = [executor.submit(models.make, config, root, w, device, until) for w in left]
+        for future in made:
+            future.result()
+    else:
+        for which in left:
+            models.make(config, root, which, device, until)
+    for which in left:
+        progress.finish(which)
 
 
 def _control_is_done(task: Task) -> bool:

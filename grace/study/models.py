@@ -57,6 +57,11 @@ def digest(directory: Path) -> str:
     return found.hexdigest()[:16]
 
 
+def is_made(config: StudyConfig, root: Path, which: str) -> bool:
+    """Whether `teacher` or `student` is there, or is not for the study to make."""
+    return config.make is None or (root / MADE / which).is_dir()
+
+
 def make(
     config: StudyConfig, root: Path, which: str, device: str, until: float | None = None
 ) -> None:
@@ -70,7 +75,7 @@ def make(
     """
     from grace.study.training import DrawnQuestions, remove_checkpoints, train
 
-    if config.make is None or (root / MADE / which).is_dir():
+    if config.make is None or is_made(config, root, which):
         return
     from grace.evaluation.drawn import models
 

@@ -19,7 +19,7 @@ from grace.study import models, pool, worker
 from grace.study.arms import CALIBRATED, Arm, arms_of
 from grace.study.config import StudyConfig, differences
 from grace.study.data import TEACHER, TRAIN, PackedQuestions, cache_teacher, draw
-from grace.study.execution import Progress, cores, length, run_tasks
+from grace.study.execution import Progress, cores, length, make_models, run_tasks
 from grace.study.gather import gather
 from grace.study.sweeping import choose, sweep_tasks
 from grace.study.task import METRICS, SWEEP, Task, finished
@@ -145,10 +145,7 @@ def _stages(
     draw_data(config, root, progress)
     if stop_behind == "data":
         return
-    for which in ("teacher", "student") if config.make is not None else ():
-        progress.start(which, 1)
-        models.make(config, root, which, device, until)
-        progress.finish(which)
+    make_models(config, root, device, until, progress)
     if stop_behind == "models":
         return
     _look_once(config, root, device, progress)

@@ -16,16 +16,17 @@ import torch
 import yaml
 
 from grace.evaluation import answer
-from grace.study import worker
+from grace.study import execution, worker
 from grace.study.arms import Arm
 from grace.study.config import StudyConfig
 from grace.study.gather import read_questions
 from grace.study.merge import merge
-from grace.study.models import load
+from grace.study.models import digest, load
 from grace.study.questions import ask, on_device
 from grace.study.report import write_report
 from grace.study.run import run_study
 from grace.study.task import Task, questions_of
+from grace.study.training import OutOfTime
 
 NAMES = ["teacher-s0", "student-s0", "control-s0", "rtn-4-s0", "rtn-4-control-s0", "grace-4-s0"]
 
@@ -132,6 +133,23 @@ def test_it_stops_in_time_and_behind_a_stage(
     assert [arm["name"] for arm in study["arms"]] == ["student", "rtn-4"]
     assert study["unfinished"] == ["teacher-s0", "control-s0", "rtn-4-control-s0", "grace-4-s0"]
     write_report(tmp_path)
+
+
+def test_with_two_gpus_models_are_made_side_by_side(
+    done: Path, config: StudyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(done / "data", tmp_path / "data")
+    monkeypatch.setattr(execution, "gpus", lambda: ["0", "1"])
+    taken = []
+    pool = execution.worker_pool
+    monkeypatch.setattr(execution, "worker_pool", lambda count: taken.append(count) or pool(count))
+    with pytest.raises(OutOfTime):
+        execution.make_models(config, tmp_path, "cpu", 0.0, execution.Progress())
+    execution.make_models(config, tmp_path, "cpu", None, execution.Progress())
+    execution.make_models(config, tmp_path, "cpu", None, execution.Progress())  # both are there
+    assert taken == [2, 2]
+    for which in ("teacher", "student"):
+        assert digest(tmp_path / "models" / which) == digest(done / "models" / which)
 
 
 def test_no_arm_begins_that_would_not_be_done(
