@@ -195,9 +195,15 @@ class _PackedProduct(torch.autograd.Function):
         qweight, scales = quantize_pack(
             weight, log_scale, bits=bits, group_size=group_size, scale_dtype=scale_dtype
         )
-        rows = weight.shape[0]
         return dequant_gemm(
-            x, qweight, scales, bias, bits=bits, group_size=group_size, out_features=rows
+            x,
+            qweight,
+            scales,
+            bias,
+            bits=bits,
+            group_size=group_size,
+            out_features=weight.shape[0],
+            settled=False,  # quantize_pack may still be writing it
         )
 
     @staticmethod

@@ -25,7 +25,8 @@ from grace.packing import TILE, dequantize, words_per_tile
 _library.define(
     "dequant_gemm",
     "(Tensor x, Tensor qweight, Tensor scales, Tensor? bias, int bits, int group_size, "
-    "int out_features, Tensor? residual=None, bool swiglu=False, int plan=-1) -> Tensor",
+    "int out_features, Tensor? residual=None, bool swiglu=False, int plan=-1, "
+    "bool settled=True) -> Tensor",
 )
 _op = torch.ops.grace.dequant_gemm.default
 
@@ -42,6 +43,7 @@ def dequant_gemm(
     residual: Tensor | None = None,
     swiglu: bool = False,
     plan: int = -1,
+    settled: bool = True,
 ) -> Tensor:
     """Multiplies ``x`` with a packed weight [N, K] transposed, and adds ``bias``.
 
@@ -61,6 +63,8 @@ def dequant_gemm(
         swiglu: N is then a multiple of 16, and ``bias`` interleaved like the weight.
         plan: the number of the kernel to run (``plans``), or -1: the one measured as the fastest
             for the most similar layer. GPU only.
+        settled: False where a kernel just ahead in the stream may have written the weight, as in
+            training: on a GPU it is then read behind that kernel, and not while it ends.
 
     Returns:
         [..., N], or [..., N/2] with ``swiglu``, in x's dtype. A row does not depend on the other
@@ -98,6 +102,7 @@ def dequant_gemm(
         residual,
         swiglu,
         plan,
+        settled,
     )
 
 
@@ -211,6 +216,7 @@ def reference(
     residual: Tensor | None = None,
     swiglu: bool = False,
     plan: int = -1,
+    settled: bool = True,
 ) -> Tensor:
     """dequant_gemm in plain PyTorch, in float32 (float64 for float64 x)."""
     if plan != -1:
@@ -250,6 +256,7 @@ def _(
     residual: Tensor | None = None,
     swiglu: bool = False,
     plan: int = -1,
+    settled: bool = True,
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], out_features // 2 if swiglu else out_features)
 

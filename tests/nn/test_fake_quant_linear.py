@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from grace.nn import FakeQuantLinear, PackedLinear
+from grace.ops import dequant_gemm
 from grace.ops.fake_quant import fake_quant
 
 
@@ -113,6 +114,19 @@ def test_packed_product_is_the_deployed_layer(bits, group_size, bias, dtype):
     x = torch.randn(3, 5, 96, dtype=dtype)
     assert torch.equal(layer(x), deployed(x))
     assert layer(x).dtype == dtype
+
+
+def test_a_packed_product_waits_for_its_weight(monkeypatch):
+    """On a GPU a dependent launch would read what quantize_pack is still writing."""
+    seen = []
+
+    def watched(*given, **options):
+        seen.append(options["settled"])
+        return dequant_gemm(*given, **options)
+
+    monkeypatch.setattr("grace.nn.fake_quant_linear.dequant_gemm", watched)
+    make(4, 32, False, product="packed")(torch.randn(3, 96))
+    assert seen == [False]
 
 
 @pytest.mark.gpu

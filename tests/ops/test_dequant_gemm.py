@@ -241,6 +241,14 @@ def test_repeats_bitwise(path: Path, bits, group_size):
     assert torch.equal(path(*arguments), path(*arguments))
 
 
+@pytest.mark.parametrize("m", [1, 20, 200])
+def test_a_weight_that_was_just_written(path: Path, m):
+    codes, scales = torch.randint(-8, 8, (200, 256), dtype=torch.int8), torch.rand(200, 2)
+    x = torch.randn(m, 256).to(path.dtypes[0])
+    given = (x, *pack(codes, scales.bfloat16(), 4), None, 4, 128, 200, None, False, -1)
+    assert path(*given, False).equal(path(*given, True))
+
+
 @pytest.mark.parametrize("m", [1, 6, 40])
 @pytest.mark.parametrize("k", [128, 100])
 @pytest.mark.parametrize("bits", BITS)

@@ -17,6 +17,7 @@ struct Arguments {
   int64_t bits, group_size, out_features;
   const std::optional<Tensor>& residual;  // [..., columns of the output]
   bool swiglu;
+  bool settled;  // the weight may be read while the kernel ahead still runs
 };
 
 inline Problem problem_of(const Arguments& a) {
@@ -81,7 +82,8 @@ Call<T> call_of(const Arguments& a, const Problem& p, const Tensor& out) {
           a.bias ? data<const T>(*a.bias) : nullptr,
           a.residual ? data<const T>(*a.residual) : nullptr,
           data<T>(out),
-          a.swiglu};
+          a.swiglu,
+          a.settled};
 }
 
 // Calls f(call) with the element type of x and f's first template argument the width of the codes:

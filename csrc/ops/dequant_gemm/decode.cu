@@ -207,8 +207,8 @@ bool fits(const Call<T>& call, const Split& split, const Device& device) {
 template <int kBits, typename S, typename T>
 void launch_decode(const Call<T>& call, const Split& split, int device) {
   const Walk walk = walk_of(call, split);
-  const auto shape =
-      shape_of<S>(walk, shared_bytes<S>(call.problem, split.cluster), Device::of(device));
+  const auto shape = shape_of<S>(walk, shared_bytes<S>(call.problem, split.cluster),
+                                 Device::of(device), call.settled);
   if (call.problem.group_size < kTile) {
     launch(decode_kernel<kBits, S, 2, T>, shape, device, call, walk);
   } else {

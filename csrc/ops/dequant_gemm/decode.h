@@ -345,11 +345,11 @@ Walk walk_of(const Call<T>& call, const Split& split) {
 
 // As many blocks as run at once, in whole clusters.
 template <typename S>
-LaunchShape shape_of(const Walk& walk, size_t shared_bytes, const Device& device) {
+LaunchShape shape_of(const Walk& walk, size_t shared_bytes, const Device& device, bool settled) {
   const int most = device.processors * S::kBlocksPerSm / walk.cluster;
   const auto clusters = static_cast<unsigned>(std::min(walk.bands / S::kTurnBands, most));
   LaunchShape shape{clusters * walk.cluster, S::kThreads, shared_bytes};
-  shape.dependent = device.capability >= 90;
+  shape.dependent = device.capability >= 90 && settled;
   shape.cluster = static_cast<unsigned>(walk.cluster);
   return shape;
 }

@@ -136,12 +136,12 @@ struct Run {
 Tensor dequant_gemm_cpu(const Tensor& x, const Tensor& qweight, const Tensor& scales,
                         const std::optional<Tensor>& bias, int64_t bits, int64_t group_size,
                         int64_t out_features, const std::optional<Tensor>& residual, bool swiglu,
-                        int64_t plan) {
+                        int64_t plan, bool settled) {
   STD_TORCH_CHECK(!residual && !swiglu,
                   "dequant_gemm: residual and swiglu are added outside of the CPU kernels");
   STD_TORCH_CHECK(plan == -1, "dequant_gemm: plan must be -1 on a CPU, got ", plan);
-  return run_on({x, qweight, scales, bias, bits, group_size, out_features, residual, swiglu},
-                Run{});
+  return run_on(
+      {x, qweight, scales, bias, bits, group_size, out_features, residual, swiglu, settled}, Run{});
 }
 
 }  // namespace

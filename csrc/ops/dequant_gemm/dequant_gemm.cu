@@ -280,9 +280,10 @@ struct Run {
 Tensor dequant_gemm_cuda(const Tensor& x, const Tensor& qweight, const Tensor& scales,
                          const std::optional<Tensor>& bias, int64_t bits, int64_t group_size,
                          int64_t out_features, const std::optional<Tensor>& residual, bool swiglu,
-                         int64_t plan) {
-  return run_on({x, qweight, scales, bias, bits, group_size, out_features, residual, swiglu},
-                Run{device_of(x), plan});
+                         int64_t plan, bool settled) {
+  return run_on(
+      {x, qweight, scales, bias, bits, group_size, out_features, residual, swiglu, settled},
+      Run{device_of(x), plan});
 }
 
 struct Asks {
@@ -301,7 +302,7 @@ bool dequant_gemm_runs_cuda(const Tensor& x, const Tensor& qweight, const Tensor
                             int64_t bits, int64_t group_size, int64_t out_features, int64_t plan) {
   bool answer = false;
   const std::optional<Tensor> none;
-  run_on({x, qweight, scales, none, bits, group_size, out_features, none, false},
+  run_on({x, qweight, scales, none, bits, group_size, out_features, none, false, true},
          Asks{device_of(x), plan, answer});
   return answer;
 }

@@ -63,6 +63,7 @@ struct Call {
   const T* residual;  // [m, columns()] or null: added last
   T* out;             // [m, columns()]
   bool swiglu;
+  bool settled;  // the weight may be read while the kernel ahead still runs
 
   GRACE_HOST_DEVICE int64_t columns() const { return swiglu ? problem.n / 2 : problem.n; }
 

@@ -207,7 +207,7 @@ void launch_warpgroup(const Call<typename K::T>& call, int cluster, int device_i
       cluster > 1 ? outputs : std::min(outputs, device.processors * S::kBlocks));
   LaunchShape shape{clusters * cluster, S::kThreads,
                     static_cast<size_t>(fixed_bytes<S>(cluster) + work.stages * K::kBytes)};
-  shape.dependent = true;
+  shape.dependent = call.settled;
   shape.cluster = static_cast<unsigned>(cluster);
   launch(warpgroup_kernel<K>, shape, device_index, maps_of<K>(call, work), call, work);
 }
