@@ -6,10 +6,8 @@
 #pragma once
 
 #include <cstddef>
-#include <sstream>
-#include <stdexcept>
 
-#include "common/tensor.h"
+#include "common/device.h"
 
 #if defined(GRACE_EMULATE)
 #include "emulation/cuda.h"
@@ -30,8 +28,9 @@ struct LaunchShape {
   dim3 grid;
   dim3 block;
   size_t shared_bytes = 0;
-  // sm_90 and later. A dependent kernel may start before the one ahead of it in the stream has
-  // ended: until it calls wait_for_previous_kernel it touches only what no kernel writes.
+  // A dependent kernel may start before the one ahead of it in the stream has ended: until it calls
+  // wait_for_previous_kernel it touches only what no kernel writes. Elsewhere than on sm_90 and
+  // later, or with code for less, it is launched as any other.
   bool dependent = false;
   unsigned cluster = 1;  // blocks, along x, that share their shared memory
 };
@@ -75,13 +74,6 @@ inline int device_of(const Tensor&) { return 0; }
 
 #else
 
-inline void check_cuda(cudaError_t status, const char* what) {
-  if (status == cudaSuccess) return;
-  std::ostringstream message;
-  message << "grace: " << what << " failed: " << cudaGetErrorString(status);
-  throw std::runtime_error(message.str());
-}
-
 inline cudaStream_t current_stream(int device) {
   void* stream = nullptr;
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
@@ -107,7 +99,7 @@ void launch(void (*kernel)(Parameters...), const LaunchShape& shape, int device,
   config.stream = current_stream(device);
   cudaLaunchAttribute attributes[2] = {};
   config.attrs = attributes;
-  if (shape.dependent) {
+  if (shape.dependent && Device::of(device).capability >= 90) {
     cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;

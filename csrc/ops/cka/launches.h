@@ -20,20 +20,8 @@ bool wide_rows(const Tensor& x) {
   return x.size(1) % kWide == 0 && reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0;
 }
 
-#if defined(GRACE_EMULATE)
-int most_shared_bytes(int /*device*/) { return 227 * 1024; }
-int multiprocessors(int /*device*/) { return 4; }
-#else
-int device_attribute(cudaDeviceAttr attribute, int device) {
-  int value = 0;
-  check_cuda(cudaDeviceGetAttribute(&value, attribute, device), "asking for a device's attribute");
-  return value;
-}
-int most_shared_bytes(int device) {
-  return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-}
-int multiprocessors(int device) { return device_attribute(cudaDevAttrMultiProcessorCount, device); }
-#endif
+int most_shared_bytes(int device) { return Device::of(device).shared_bytes; }
+int multiprocessors(int device) { return Device::of(device).processors; }
 
 LaunchShape following(dim3 grid, int threads, size_t shared_bytes = 0) {
   LaunchShape shape{grid, dim3(threads), shared_bytes};

@@ -126,8 +126,7 @@ void launch_gram(const GramArguments& x, const GramPlan& plan, const Tensor& par
 #if defined(GRACE_WITH_SM90A) && !defined(GRACE_EMULATE)
 
 bool has_wgmma(int device) {
-  return device_attribute(cudaDevAttrComputeCapabilityMajor, device) == 9 &&
-         multiprocessors(device) >= 2 * warpgroup::kCluster;
+  return Device::of(device).capability == 90 && multiprocessors(device) >= 2 * warpgroup::kCluster;
 }
 
 warpgroup::Arguments warpgroup_arguments(const GramArguments& x) {

@@ -9,7 +9,6 @@
 //
 // Tokens are dealt out tile by tile, so that work is even whatever the position, which only the
 // device knows.
-#include "common/device.h"
 #include "ops/decode_attention/merge.h"
 
 namespace grace::decode_attention {

@@ -349,7 +349,7 @@ LaunchShape shape_of(const Walk& walk, size_t shared_bytes, const Device& device
   const int most = device.processors * S::kBlocksPerSm / walk.cluster;
   const auto clusters = static_cast<unsigned>(std::min(walk.bands / S::kTurnBands, most));
   LaunchShape shape{clusters * walk.cluster, S::kThreads, shared_bytes};
-  shape.dependent = device.capability >= 90 && settled;
+  shape.dependent = settled;
   shape.cluster = static_cast<unsigned>(walk.cluster);
   return shape;
 }

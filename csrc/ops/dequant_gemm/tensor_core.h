@@ -2,7 +2,7 @@
 // and how a fragment of sums becomes output.
 #pragma once
 
-#include "common/device.h"
+#include "common/launch.h"
 #include "ops/dequant_gemm/plans.h"
 
 namespace grace::dequant_gemm {
