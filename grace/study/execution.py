@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from grace.study import models, worker
+from grace.study import models, ranks, worker
 from grace.study.arms import Arm
 from grace.study.config import StudyConfig
 from grace.study.task import METRICS, Task, finished
@@ -58,7 +58,7 @@ def run_tasks(tasks: Sequence[Task], progress: Progress) -> list[dict[str, Any]]
 def make_models(
     config: StudyConfig, root: Path, device: str, until: float | None, progress: Progress
 ) -> None:
-    """Teacher and student of a study that makes them: each on a GPU of its own where there are two.
+    """Teacher and student of a study that makes them: one after the other, each on all GPUs.
 
     Raises:
         OutOfTime: `until` came first.
@@ -66,15 +66,10 @@ def make_models(
     left = [which for which in ("teacher", "student") if not models.is_made(config, root, which)]
     for which in left:
         progress.start(which, 1)
-    if len(left) > 1 and len(gpus()) > 1:
-        with worker_pool(len(left)) as executor:
-            made = [executor.submit(models.make, config, root, w, device, until) for w in left]
-        for future in made:
-            future.result()
-    else:
-        for which in left:
+        if len(gpus()) > 1:
+            ranks.make_together(config, root, which, device, until, len(gpus()))
+        else:
             models.make(config, root, which, device, until)
-    for which in left:
         progress.finish(which)
 
 

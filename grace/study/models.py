@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import time
 from functools import lru_cache
@@ -68,7 +69,8 @@ def make(
     """Train `teacher` or `student` from nothing into `root/models`, unless it is there.
 
     It learns the rows that the arms train on, in full precision, and is kept in bfloat16. What was
-    interrupted goes on from its last checkpoint.
+    interrupted goes on from its last checkpoint. A rank of several (`grace.study.ranks`) takes its
+    part of every batch.
 
     Raises:
         OutOfTime: `until` came first; a checkpoint holds what was done.
@@ -80,13 +82,16 @@ def make(
     from grace.evaluation.drawn import models
 
     recipe: ModelRecipe = getattr(config.make, which)
+    images = images_of_a_rank(config, which, int(os.environ.get("WORLD_SIZE", "1")))
     processor = models.make_processor(config.pixels)
     model: Any = models.make_model(recipe.size, config.make.seed, config.pixels)
     folder = root / MADE / f"making-{which}"
     started = time.perf_counter()
-    options = _options(config, recipe, folder, device)
+    options = _options(config, recipe, folder, device, images)
     data = DrawnQuestions(root / "data" / TRAIN, processor)
     tokens = train(model, options, data, processor, until=until)
+    if options.process_index > 0:  # rank 0 keeps it
+        return
     _keep(model, processor, root / MADE / which)
     facts = {
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -97,7 +102,24 @@ def make(
     remove_checkpoints(folder)
 
 
-def _options(config: StudyConfig, recipe: ModelRecipe, folder: Path, device: str) -> GraceConfig:
+def images_of_a_rank(config: StudyConfig, which: str, ranks: int) -> int:
+    """Images of a batch that each of so many ranks takes.
+
+    Raises:
+        ValueError: they do not divide the batch.
+    """
+    recipe: ModelRecipe = getattr(config.make, which)
+    if recipe.batch_images % ranks:
+        allowed = f"be a multiple of the {ranks} GPUs"
+        raise ValueError(
+            f"study: make.{which}.batch_images must {allowed}, got {recipe.batch_images}"
+        )
+    return recipe.batch_images // ranks
+
+
+def _options(
+    config: StudyConfig, recipe: ModelRecipe, folder: Path, device: str, images: int
+) -> GraceConfig:
     assert config.make is not None
     return GraceConfig(
         output_dir=str(folder),
@@ -106,7 +128,7 @@ def _options(config: StudyConfig, recipe: ModelRecipe, folder: Path, device: str
         omega=0.0,
         freeze_vision=False,
         max_steps=recipe.steps,
-        per_device_train_batch_size=recipe.batch_images,
+        per_device_train_batch_size=images,
         learning_rate=recipe.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=recipe.warmup_steps,

@@ -21,6 +21,7 @@ from grace.training.config import GraceConfig
 from grace.training.trainer import GraceTrainer
 
 _ROUND = 16  # rows of a batch are padded to a multiple of it
+_LOOK = 10  # steps
 
 
 class OutOfTime(Exception):
@@ -81,16 +82,29 @@ def as_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class StopAt(TrainerCallback):
-    """Ends training behind the first step past a time of the clock, with a checkpoint."""
+    """Ends training behind the first step past a time of the clock, with a checkpoint.
+
+    Ranks go by the clock of the first: every `_LOOK` steps, as looking waits for the device.
+    """
 
     def __init__(self, until: float) -> None:
         self.until = until
+
+    def _is_late(self, args: TrainingArguments, step: int) -> bool:
+        late = time.time() >= self.until
+        if args.world_size == 1:
+            return late
+        if step % _LOOK and step > 1:
+            return False
+        told = torch.tensor([int(late)], device=args.device)
+        torch.distributed.broadcast(told, 0)
+        return bool(told.item())
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Behind every step."""
-        if time.time() >= self.until and state.global_step < state.max_steps:
+        if self._is_late(args, state.global_step) and state.global_step < state.max_steps:
             control.should_save = True
             control.should_training_stop = True
 
@@ -99,7 +113,7 @@ class StudyTrainer(GraceTrainer):
     """A `GraceTrainer` that counts what it trained on.
 
     Attributes:
-        tokens: read by the student so far, padding left out, over interruptions.
+        tokens: read by the student so far, padding left out, over interruptions and by all ranks.
     """
 
     def __init__(self, *args: Any, pad: int, **kwargs: Any) -> None:
@@ -118,8 +132,11 @@ class StudyTrainer(GraceTrainer):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """As `GraceTrainer`'s, counting tokens."""
         batches, items = super().get_batch_samples(*args, **kwargs)
-        for batch in batches:
-            self._tokens = self._tokens + (batch["input_ids"] != self._pad).sum()
+        read = sum((batch["input_ids"] != self._pad).sum() for batch in batches)
+        if self.args.world_size > 1:
+            read = torch.as_tensor(read, device=self.args.device)
+            torch.distributed.all_reduce(read)
+        self._tokens = self._tokens + read
         return batches, items
 
     def training_state(self) -> dict[str, Any]:

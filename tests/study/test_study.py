@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from grace.evaluation import answer
-from grace.study import execution, worker
+from grace.study import execution, ranks, worker
 from grace.study.arms import Arm
 from grace.study.config import StudyConfig
 from grace.study.gather import read_questions
@@ -135,21 +135,32 @@ def test_it_stops_in_time_and_behind_a_stage(
     write_report(tmp_path)
 
 
-def test_with_two_gpus_models_are_made_side_by_side(
+def test_with_two_gpus_models_are_made_on_both(
     done: Path, config: StudyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(done / "data", tmp_path / "data")
     monkeypatch.setattr(execution, "gpus", lambda: ["0", "1"])
-    taken = []
-    pool = execution.worker_pool
-    monkeypatch.setattr(execution, "worker_pool", lambda count: taken.append(count) or pool(count))
     with pytest.raises(OutOfTime):
         execution.make_models(config, tmp_path, "cpu", 0.0, execution.Progress())
+    making = tmp_path / "models" / "making-teacher"
+    assert (making / "checkpoint-1").is_dir()
+    shutil.rmtree(making)  # transformers goes on from it on GPUs, but not by ranks on CPUs
+    for name in ("student", "student.json"):
+        (tmp_path / "models" / name).symlink_to(done / "models" / name)
     execution.make_models(config, tmp_path, "cpu", None, execution.Progress())
+    kept = digest(tmp_path / "models" / "teacher")
     execution.make_models(config, tmp_path, "cpu", None, execution.Progress())  # both are there
-    assert taken == [2, 2]
-    for which in ("teacher", "student"):
-        assert digest(tmp_path / "models" / which) == digest(done / "models" / which)
+    assert digest(tmp_path / "models" / "teacher") == kept
+    ours, alone = (load(root / "models" / "teacher").state_dict() for root in (tmp_path, done))
+    for name, value in alone.items():  # kept in bfloat16
+        torch.testing.assert_close(ours[name], value, rtol=1e-2, atol=1e-3)
+    facts = [json.loads((root / "models/teacher.json").read_text()) for root in (tmp_path, done)]
+    assert facts[0]["tokens"] == facts[1]["tokens"]
+
+
+def test_ranks_must_divide_a_batch(config: StudyConfig, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"make.teacher.batch_images must be a multiple of the 3"):
+        ranks.make_together(config, tmp_path, "teacher", "cpu", None, 3)
 
 
 def test_no_arm_begins_that_would_not_be_done(
