@@ -244,6 +244,14 @@ class Pool:
         self.pixels = _pixels(folder, self.spec, "r")
         self.facts = json.loads((folder / FACTS).read_text())
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Pictures are mapped anew where this is sent: pickled, a map is all that it maps."""
+        return {**vars(self), "pixels": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.pixels = _pixels(self.folder, self.spec, "r")
+
     def rows(self) -> tuple[Tensor, Tensor]:
         """ "rows" and "bounds"."""
         tensors = load_file(self.folder / ROWS)

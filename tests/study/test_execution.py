@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from multiprocessing import get_all_start_methods
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,31 @@ def test_without_a_gpu_nothing_is_said_of_them(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(execution, "gpus", list)
     with execution.worker_pool(1) as executor:
         assert executor.submit(os.getenv, "CUDA_VISIBLE_DEVICES").result(timeout=120) is None
+
+
+class _NotToBeSent(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> int:
+        return os.getppid()
+
+    def __reduce__(self) -> tuple:
+        raise AssertionError("a loader must be forked, and its data not be sent")
+
+
+def _parent_of_a_loader() -> tuple[int, int]:
+    from torch.utils.data import DataLoader
+
+    (parent,) = DataLoader(_NotToBeSent(), batch_size=None, num_workers=1)
+    return int(parent), os.getpid()
+
+
+@pytest.mark.skipif("fork" not in get_all_start_methods(), reason="no fork here")
+def test_loaders_of_an_arm_are_forked() -> None:
+    with execution.worker_pool(1) as executor:
+        parent, process = executor.submit(_parent_of_a_loader).result(timeout=120)
+    assert parent == process
 
 
 def test_a_process_that_sees_more_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

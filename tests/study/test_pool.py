@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -155,3 +156,10 @@ def test_tokens_are_those_of_the_processor(pools: Path) -> None:
     assert begin == pool.prefix(processor, 56)
     answer = [label for label in labels if label != -100]
     assert [*begin, *rest][: -len(answer)] == list(whole)
+
+
+def test_a_pool_is_sent_without_its_pictures(pools: Path) -> None:
+    held = pool.Pool(pools / "train")
+    sent = pickle.dumps(held)
+    assert len(sent) < held.pixels.nbytes / 20
+    assert np.array_equal(pickle.loads(sent).pixels, held.pixels)

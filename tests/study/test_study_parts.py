@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from grace.evaluation.drawn.models import make_model
+from grace.evaluation.tiny import Size
 from grace.study.arms import Arm, quickstart_arms
 from grace.study.config import SCALES, StudyConfig
 from grace.study.data import PackedQuestions, cache_teacher, draw
-from grace.study.models import load, model_dir, processor_of
+from grace.study.models import compile_layers, load, model_dir, processor_of
 from grace.study.options import from_dict
 from grace.study.report import read_study
 from grace.study.run import run_study
@@ -145,3 +147,25 @@ def test_files_that_are_no_study(
         (tmp_path / "study.json").write_text(text)
     with pytest.raises(error, match=message):
         read_study(tmp_path)
+
+
+def test_compiled_layers_compute_and_are_kept_the_same() -> None:
+    size = Size(width=16, inner=32, layers=2, heads=2, vision_width=16, vision_layers=2)
+    losses = []
+    for compiled in (False, True):
+        model = make_model(size, 0, 28)
+        names = list(model.state_dict())
+        if compiled:  # the graphs alone: what inductor makes of them is for GPUs
+            compile_layers(model, backend="aot_eager")
+        text = torch.randint(8, 90, (2, 9), generator=torch.Generator().manual_seed(0))
+        image = torch.full((2, 4), model.config.image_token_index)
+        pixels = torch.linspace(-1, 1, 2 * 3 * 28 * 28).view(2, 3, 28, 28)
+        ids = torch.cat([image, text], 1)
+        loss = model(input_ids=ids, pixel_values=pixels, labels=ids).loss
+        loss.backward()
+        grad = model.model.language_model.layers[0].mlp.up_proj.weight.grad
+        losses.append((loss.item(), grad))
+        assert list(model.state_dict()) == names
+    (plain, grads), (fast, fast_grads) = losses
+    assert fast == pytest.approx(plain, rel=1e-6)
+    assert torch.allclose(fast_grads, grads, rtol=1e-4, atol=1e-7)
