@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from benchmarks.bench_generate import MODELS, SIDES
 from benchmarks.pages import DOCS, Chart, gpu_results, update
 from benchmarks.plot_dequant_gemm import markdown
 
@@ -25,13 +26,19 @@ Row = Mapping[str, Any]
 
 
 def cells(content: Mapping[str, Any]) -> dict[tuple[str, int], dict[str, Row]]:
-    """(model, batch) → side → row, of what was measured."""
+    """(model, batch) → side → row, of what was measured; in the benchmark's order of all three."""
     found: dict[tuple[str, int], dict[str, Row]] = {}
-    for row in content["rows"]:
+    for row in sorted(content["rows"], key=_place):
         if "ms_per_token" in row:
             key = (row["size"]["model"], row["size"]["batch"])
             found.setdefault(key, {})[row["side"]] = row
     return found
+
+
+def _place(row: Row) -> tuple[int, int, int]:
+    model, side = row["size"]["model"], row["side"]
+    models, sides = [*MODELS, model], [*SIDES, side]  # what the benchmark no longer has comes last
+    return models.index(model), row["size"]["batch"], sides.index(side)
 
 
 def side_table(sides: Mapping[str, Row]) -> str:
