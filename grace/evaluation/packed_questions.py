@@ -150,11 +150,12 @@ def _tokenize(
         text = tokenizer.apply_chat_template(
             messages, chat_template=template, add_generation_prompt=prompt, tokenize=False
         )
-        text = text.replace(image_token, image_token * image_tokens)
-        return tuple(tokenizer.encode(text, add_special_tokens=False))
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        # The ids of one image token are repeated, not its text: that would take most of the time.
+        return tuple(i for id in ids for i in [id] * (image_tokens if id == image_id else 1))
 
-    asked, full = encode([user], True), encode([user, reply], False)
     image_id = tokenizer.convert_tokens_to_ids(image_token)
+    asked, full = encode([user], True), encode([user, reply], False)
     if full[: len(asked)] != asked:
         raise ValueError(
             f"pack_questions: the chat template must render a turn as prompt + answer, got "

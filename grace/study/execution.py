@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -20,12 +20,14 @@ from grace.study import models, ranks, worker
 from grace.study.arms import Arm
 from grace.study.config import StudyConfig
 from grace.study.task import METRICS, Task, finished
+from grace.study.training import OutOfTime
 
 # Steps of progress that scoring counts for, beside an arm's training steps.
 _SCORING_STEPS = 40
 _SMALL_BYTES = 64 * 2**20  # of both models' weights: they leave a GPU nearly idle
 _MOST_ON_GPU = 8  # processes with small models: each holds a CUDA context
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
+_T = TypeVar("_T")
 
 
 class Progress:
@@ -58,12 +60,16 @@ def run_tasks(tasks: Sequence[Task], progress: Progress) -> list[dict[str, Any]]
 def make_models(
     config: StudyConfig, root: Path, device: str, until: float | None, progress: Progress
 ) -> None:
-    """Teacher and student of a study that makes them: one after the other, each on all GPUs.
+    """Teacher and student of a study that makes them: on several GPUs one after the other, each on
+    all of them; on one GPU side by side, as one launches while the other computes.
 
     Raises:
         OutOfTime: `until` came first.
     """
     left = [which for which in ("teacher", "student") if not models.is_made(config, root, which)]
+    if len(gpus()) == 1 and len(left) > 1:
+        _make_side_by_side(config, root, left, device, until, progress)
+        return
     for which in left:
         progress.start(which, 1)
         if len(gpus()) > 1:
@@ -71,6 +77,38 @@ def make_models(
         else:
             models.make(config, root, which, device, until)
         progress.finish(which)
+
+
+def _make_side_by_side(
+    config: StudyConfig,
+    root: Path,
+    left: Sequence[str],
+    device: str,
+    until: float | None,
+    progress: Progress,
+) -> None:
+    with worker_pool(len(left)) as executor:
+        futures = {
+            executor.submit(_make_in_time, config, root, w, device, until): Part(
+                w, models.steps_of(config, w), models.making_dir(root, w) / METRICS
+            )
+            for w in left
+        }
+        made = _follow(executor, futures, progress)
+    if not all(made.values()):
+        raise OutOfTime(f"study: making {' and '.join(left)} stopped")
+
+
+def _make_in_time(
+    config: StudyConfig, root: Path, which: str, device: str, until: float | None
+) -> bool:
+    """In a process of the pool: whether the model was made, as one that stops keeps no other from
+    its end."""
+    try:
+        models.make(config, root, which, device, until)
+    except OutOfTime:
+        return False
+    return True
 
 
 def _control_is_done(task: Task) -> bool:
@@ -124,25 +162,45 @@ def _in_sequence(tasks: Sequence[Task], progress: Progress) -> _Results:
 
 
 def _in_processes(tasks: Sequence[Task], processes: int, progress: Progress) -> _Results:
-    """All tasks in a pool; progress is read from the metrics that running arms write."""
-    results: _Results = {}
     with worker_pool(processes) as executor:
-        futures: dict[Future, Task] = {executor.submit(worker.run_arm, t): t for t in tasks}
-        for task in tasks:
-            progress.start(task.folder.name, length(task))
-        try:
-            while futures:
-                done, _ = wait(futures, timeout=0.5, return_when=FIRST_COMPLETED)
-                for future in done:
-                    task = futures.pop(future)
-                    results[task] = future.result()
-                    progress.finish(task.folder.name)
-                for task in futures.values():
-                    progress.advance(task.folder.name, _last_step(task))
-        except BaseException:
-            executor.shutdown(wait=False, cancel_futures=True)
-            raise
-    return results
+        futures = {
+            executor.submit(worker.run_arm, task): Part(
+                task.folder.name, length(task), task.folder / METRICS
+            )
+            for task in tasks
+        }
+        results = _follow(executor, futures, progress)
+    return dict(zip(tasks, results.values(), strict=True))
+
+
+@dataclass(frozen=True)
+class Part:
+    """Work of a process: its name, its steps, the file in which it tells how far it is."""
+
+    name: str
+    steps: int
+    metrics: Path
+
+
+def _follow(
+    executor: ProcessPoolExecutor, futures: Mapping[Future[_T], Part], progress: Progress
+) -> dict[Future[_T], _T]:
+    """Results of all, in their order; what raises ends the others."""
+    for part in futures.values():
+        progress.start(part.name, part.steps)
+    left = set(futures)
+    try:
+        while left:
+            done, left = wait(left, timeout=0.5, return_when=FIRST_COMPLETED)
+            for future in done:
+                future.result()
+                progress.finish(futures[future].name)
+            for future in left:
+                progress.advance(futures[future].name, _last_step(futures[future].metrics))
+    except BaseException:
+        executor.shutdown(wait=False, cancel_futures=True)
+        raise
+    return {future: future.result() for future in futures}
 
 
 def worker_pool(count: int) -> ProcessPoolExecutor:
@@ -182,8 +240,8 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _last_step(task: Task) -> int:
+def _last_step(metrics: Path) -> int:
     from grace.training.callbacks import read_metrics
 
-    rows = read_metrics(task.folder / METRICS)
+    rows = read_metrics(metrics)
     return rows[-1]["step"] if rows else 0

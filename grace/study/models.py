@@ -63,6 +63,16 @@ def is_made(config: StudyConfig, root: Path, which: str) -> bool:
     return config.make is None or (root / MADE / which).is_dir()
 
 
+def making_dir(root: Path, which: str) -> Path:
+    """Where one is trained: its metrics, and checkpoints while it is not done."""
+    return root / MADE / f"making-{which}"
+
+
+def steps_of(config: StudyConfig, which: str) -> int:
+    """Steps that making one takes; 0 where the study does not make it."""
+    return 0 if config.make is None else getattr(config.make, which).steps
+
+
 def make(
     config: StudyConfig, root: Path, which: str, device: str, until: float | None = None
 ) -> None:
@@ -85,7 +95,7 @@ def make(
     images = images_of_a_rank(config, which, int(os.environ.get("WORLD_SIZE", "1")))
     processor = models.make_processor(config.pixels)
     model: Any = models.make_model(recipe.size, config.make.seed, config.pixels)
-    folder = root / MADE / f"making-{which}"
+    folder = making_dir(root, which)
     started = time.perf_counter()
     options = _options(config, recipe, folder, device, images)
     data = DrawnQuestions(root / "data" / TRAIN, processor)

@@ -141,7 +141,6 @@ def _draw_part(folder: Path, spec: dict[str, Any], start: int) -> None:
     for place, (picture, made) in enumerate(draw(spec, start, count), start):
         pixels[place] = picture
         (rows.append if isinstance(made, np.ndarray) else facts.extend)(made)
-    pixels.flush()
     lengths = np.array([row.shape[1] for row in rows], np.int64)
     together = np.concatenate(rows, axis=1) if rows else np.zeros((4, 0), np.int16)
     beside = _part(folder, start).with_suffix(f".{os.getpid()}")
@@ -234,7 +233,8 @@ def _test_images(spec: dict[str, Any], start: int, count: int) -> Any:
 
 
 class Pool:
-    """A pool that is drawn; ValueError where it is not."""
+    """A pool that is drawn; ValueError where it is not, or where a machine that went down took
+    pictures with it: they are written when the system likes, and not waited for."""
 
     def __init__(self, folder: Path) -> None:
         if not (folder / DONE).is_file():
@@ -242,6 +242,11 @@ class Pool:
         self.folder = folder
         self.spec = json.loads((folder / DONE).read_text())
         self.pixels = _pixels(folder, self.spec, "r")
+        last = [*range(_PART - 1, len(self.pixels), _PART), len(self.pixels) - 1]
+        if not all(self.pixels[place].any() for place in last):
+            raise ValueError(
+                f"study: data in {folder} must hold all pictures, got empty ones; remove the folder"
+            )
         self.facts = json.loads((folder / FACTS).read_text())
 
     def __getstate__(self) -> dict[str, Any]:

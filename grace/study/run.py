@@ -69,7 +69,8 @@ def run_study(
     check_choice(config, only, seeds)
     _begin(config, root)
     try:
-        _stages(config, root, device, until, stop_behind, progress)
+        swept = stop_behind == "sweep" or any(map(_needs_rates, chosen))
+        _stages(config, root, device, until, stop_behind, progress, swept)
         if stop_behind is None:
             run_tasks(chosen, progress)
     except OutOfTime:
@@ -94,6 +95,11 @@ def check_choice(config: StudyConfig, only: Collection[str], seeds: Collection[i
 def _is_chosen(task: Task, only: Collection[str], seeds: Collection[int]) -> bool:
     named = not only or task.arm.name in only or task.arm.method in only
     return named and (not seeds or task.seed in seeds or not task.arm.seeded)
+
+
+def _needs_rates(task: Task) -> bool:
+    """Whether a task trains, or starts from what trained; others need not wait for the sweep."""
+    return task.arm.trained or task.arm.start == "control"
 
 
 def _tasks(config: StudyConfig, root: Path, device: str, until: float | None) -> list[Task]:
@@ -140,8 +146,9 @@ def _stages(
     until: float | None,
     stop_behind: str | None,
     progress: Progress,
+    swept: bool,
 ) -> None:
-    """What comes before the arms, in order."""
+    """What comes before the arms, in order; the sweep only where rates are needed."""
     draw_data(config, root, progress)
     if stop_behind == "data":
         return
@@ -149,7 +156,7 @@ def _stages(
     if stop_behind == "models":
         return
     _look_once(config, root, device, progress)
-    if config.sweep is not None and not (root / SWEEP).is_file():
+    if swept and config.sweep is not None and not (root / SWEEP).is_file():
         tried = sweep_tasks(config, root, device, until)
         results = run_tasks(tried, progress)
         if len(results) < len(tried):

@@ -12,7 +12,7 @@ from grace.evaluation.drawn.describing import DESCRIBE, GRID, description, furth
 from grace.evaluation.drawn.examples import Example, Examples
 from grace.evaluation.drawn.models import make_processor, vocabulary
 from grace.evaluation.drawn.scenes import WIDTH
-from grace.evaluation.drawn.vocabulary import COLORS, SHAPES, held_out
+from grace.evaluation.drawn.vocabulary import COLORS, CONDITIONS, SHAPES, held_out
 from grace.evaluation.topics import SUFFIX, plural
 
 EXAMPLES = [Examples(5)[index] for index in range(360)]
@@ -27,8 +27,9 @@ def _truth(example: Example, question: str) -> str | None:
     items = example.scene.items
     if match := re.fullmatch(r"Is there an? (\w+) (\w+) in this image\?", question):
         return "Yes" if any((i.color, i.shape) == match.groups() for i in items) else "No"
-    if match := re.fullmatch(r"How many (\w+) are there in this image\?", question):
-        return str(sum(plural(item.shape) == match[1] for item in items))
+    if match := re.fullmatch(r"How many (?:(\w+) )?(\w+) are there in this image\?", question):
+        alike = [item for item in items if plural(item.shape) == match[2]]
+        return str(sum(match[1] in (None, item.color) for item in alike))
     if match := re.fullmatch(r"What color is the (\w+) in this image\?", question):
         (color,) = [item.color for item in items if item.shape == match[1]]
         return color
@@ -44,6 +45,10 @@ def _truth(example: Example, question: str) -> str | None:
         return "Yes" if holds[match[2]] else "No"
     if match := re.fullmatch(r"Is the word in this image ([A-Z]+)\?", question):
         return "Yes" if match[1] == example.scene.text else "No"
+    if match := re.fullmatch(r"Does this image show (?:a )?(\w+?)s?\?", question):
+        return "Yes" if match[1] == example.scene.place else "No"
+    if match := re.fullmatch(r"Does this image show a place (.+)\?", question):
+        return "Yes" if match[1] == CONDITIONS[example.scene.condition] else "No"
     for own in example.questions:  # about a result, a landscape, a phrase: in the same words
         if own.text == question + SUFFIX:
             return own.answer
@@ -90,9 +95,9 @@ def test_nothing_held_out_is_named() -> None:
             for pair in re.findall(rf"\b({color}) ({names})\b", text):
                 assert not held_out(("color", *pair)), text
         for question, answer in _asked(example):
-            if match := re.match(r"How many (\w+) are", question):
-                shape = next(name for name in SHAPES if plural(name) == match[1])
-                assert not held_out(("count", int(answer), shape))
+            if match := re.match(r"How many (\w+) (\w+) are", question):
+                shape = next(name for name in SHAPES if plural(name) == match[2])
+                assert not held_out(("count", int(answer), match[1], shape))
             if match := re.match(r"Is the (\w+) (?:on|above|below).* the (\w+) in", question):
                 assert not held_out(("position", *match.groups()))
             if match := re.match(r"Is the word in this image (\w+)\?", question):

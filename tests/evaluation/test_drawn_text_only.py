@@ -137,7 +137,10 @@ def test_every_question_is_as_often_true_as_false(examples):
         counts = defaultdict(lambda: [0, 0])
         for pair in pairs:
             for place, question in enumerate(pair):
-                counts[question][place] += 1
+                words = question.split()
+                if subtask == "count":  # of all colors: one color's numbers come up too seldom
+                    words = [word for word in words if word not in vocabulary.COLORS]
+                counts[" ".join(words)][place] += 1
         often = [count for count in counts.values() if sum(count) >= 20]
         if subtask in ("existence", "count", "color", "scene"):
             assert len(often) > 10, subtask

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,8 @@ def test_splits_share_no_image_and_no_question(pools: Path) -> None:
 
 
 def _names_a_fact(fact: dict[str, Any]) -> bool:
-    """Questions that name the composition they are about; of sums and programs, which are held out
-    by their text, a question names the result."""
+    """Questions that name the composition they are about; those about sums and programs name a
+    result, of which there are few."""
     return fact["subtask"] not in ("numerical_calculation", "code_reasoning")
 
 
@@ -163,3 +164,12 @@ def test_a_pool_is_sent_without_its_pictures(pools: Path) -> None:
     sent = pickle.dumps(held)
     assert len(sent) < held.pixels.nbytes / 20
     assert np.array_equal(pickle.loads(sent).pixels, held.pixels)
+
+
+def test_lost_pictures_are_told(pools: Path, tmp_path: Path) -> None:
+    shutil.copytree(pools / "train", tmp_path / "train")
+    with (tmp_path / "train" / pool.PIXELS).open("r+b") as file:
+        file.seek(44 * 3 * 56**2)
+        file.write(bytes(3 * 56**2))
+    with pytest.raises(ValueError, match="must hold all pictures, got empty ones"):
+        pool.Pool(tmp_path / "train")

@@ -130,6 +130,7 @@ def test_it_stops_in_time_and_behind_a_stage(
     shutil.copytree(done / "models", tmp_path / "models", dirs_exist_ok=True)
     assert run_study(config, tmp_path, stop_behind="models")["arms"] == []
     study = run_study(config, tmp_path, only=["rtn-4", "student"])
+    assert not (tmp_path / "sweep").exists()  # nothing that is chosen trains
     assert [arm["name"] for arm in study["arms"]] == ["student", "rtn-4"]
     assert study["unfinished"] == ["teacher-s0", "control-s0", "rtn-4-control-s0", "grace-4-s0"]
     write_report(tmp_path)
@@ -156,6 +157,27 @@ def test_with_two_gpus_models_are_made_on_both(
         torch.testing.assert_close(ours[name], value, rtol=1e-2, atol=1e-3)
     facts = [json.loads((root / "models/teacher.json").read_text()) for root in (tmp_path, done)]
     assert facts[0]["tokens"] == facts[1]["tokens"]
+
+
+def test_on_one_gpu_models_are_made_side_by_side(
+    done: Path, config: StudyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[str, str, int]] = []
+    progress = execution.Progress()
+    progress.start = lambda name, total: told.append(("start", name, total))  # type: ignore[method-assign]
+    progress.finish = lambda name: told.append(("finish", name, 0))  # type: ignore[method-assign]
+    shutil.copytree(done / "data", tmp_path / "data")
+    monkeypatch.setattr(execution, "gpus", lambda: ["0"])
+    with pytest.raises(OutOfTime):
+        execution.make_models(config, tmp_path, "cpu", 0.0, progress)
+    for which in ("teacher", "student"):
+        assert (tmp_path / "models" / f"making-{which}" / "checkpoint-1").is_dir()
+    told.clear()
+    execution.make_models(config, tmp_path, "cpu", None, progress)
+    assert {name for _, name, total in told if total == 3} == {"teacher", "student"}
+    assert {name for event, name, _ in told if event == "finish"} == {"teacher", "student"}
+    for which in ("teacher", "student"):
+        assert digest(tmp_path / "models" / which) == digest(done / "models" / which)
 
 
 def test_ranks_must_divide_a_batch(config: StudyConfig, tmp_path: Path) -> None:

@@ -64,10 +64,13 @@ def _existence(topic: Topic, which: int, level: str, split: str, rng: Random) ->
 
 
 def _count(topic: Topic, which: int, level: str, split: str, rng: Random) -> Scene:
-    (shape,), number = topic.about, topic.facts[which]
+    """As many as are counted, and up to two of their shape in other colors."""
+    (color, shape), number = topic.about, topic.facts[which]
     count = max(_number_of_items(level, rng), LEVELS[level].count + 1)
-    things = [(shape, _color_for(shape, split, rng)) for _ in range(number)]
-    return _shapes(things + _fillers(count - number, split, rng, (shape,)), level, rng)
+    things = [(shape, color)] * number
+    others = min(rng.randint(0, 2), count - number)
+    things += [(shape, _color_for(shape, split, rng, (color,))) for _ in range(others)]
+    return _shapes(things + _fillers(count - len(things), split, rng, (shape,)), level, rng)
 
 
 def _position(topic: Topic, which: int, level: str, split: str, rng: Random) -> Scene:

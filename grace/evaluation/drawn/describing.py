@@ -2,8 +2,8 @@
 
 A yes/no question rewards a model only once it finds, reads and compares. A *description* rewards
 each of these alone: it names every shape with its color and place, spells a text, or names a
-landscape. *Further questions* ask the same picture more, in the benchmark's words. Neither names a
-held-out composition.
+landscape. *Further questions* ask the same picture more, in the benchmark's words, and of a
+landscape about its place and its sky alone. Neither names a held-out composition.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from .examples import Example
 from .scenes import WIDTH, Scene
 from .topics import (
     ask_color,
+    ask_condition,
     ask_count,
     ask_existence,
     ask_landscape,
+    ask_place,
     ask_position,
     ask_result,
     ask_translation,
@@ -66,8 +68,7 @@ def _about_rest(example: Example, rng: Random) -> _Asked:
     """A text or a landscape: the truth, or something near it."""
     scene, true = example.scene, rng.random() < 0.5
     if scene.place:
-        fact = (scene.place, scene.condition)
-        return _yes_no(ask_landscape(*_or_near("scene", fact, true, rng)), true)
+        return _about_landscape(scene, true, rng)
     if scene.phrase:
         return _yes_no(ask_translation(*_or_near("translation", scene.phrase, true, rng)), true)
     if scene.kind == "OCR":
@@ -76,6 +77,19 @@ def _about_rest(example: Example, rng: Random) -> _Asked:
     result = int(next(q.answer for q in example.questions if q.answer not in ("Yes", "No")))
     steps = [step for step in range(-6, 7) if step and result + step >= 0]
     return _yes_no(ask_result(scene.kind, result + (0 if true else rng.choice(steps))), true)
+
+
+def _about_landscape(scene: Scene, true: bool, rng: Random) -> _Asked:
+    """Place and sky, or one of them."""
+    about = rng.randrange(3)
+    if about == 0:
+        other = [place for place in PLACES if place != scene.place]
+        return _yes_no(ask_place(scene.place if true else rng.choice(other)), true)
+    if about == 1:
+        skies = [sky for sky in CONDITIONS if sky != scene.condition]
+        return _yes_no(ask_condition(scene.condition if true else rng.choice(skies)), true)
+    fact = (scene.place, scene.condition)
+    return _yes_no(ask_landscape(*_or_near("scene", fact, true, rng)), true)
 
 
 def _or_near(kind: str, fact: tuple[str, str], true: bool, rng: Random) -> tuple[str, str]:
@@ -100,9 +114,14 @@ def _single(scene: Scene) -> list[str]:
 
 
 def _count(scene: Scene, rng: Random) -> _Asked:
+    """Of a color and shape, or of a shape in all colors."""
+    if rng.random() < 0.5:
+        alike = Counter((item.color, item.shape) for item in scene.items)
+        color, shape = rng.choice(sorted(alike))
+        return ask_count(color, shape), str(alike[color, shape])
     counts = Counter(item.shape for item in scene.items)
     shape = rng.choice(sorted(counts))
-    return ask_count(shape), str(counts[shape])
+    return ask_count("", shape), str(counts[shape])
 
 
 def _color(scene: Scene, rng: Random) -> _Asked:

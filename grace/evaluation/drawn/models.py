@@ -19,9 +19,11 @@ from ..topics import SUFFIX, plural
 from .describing import DESCRIBE
 from .topics import (
     ask_color,
+    ask_condition,
     ask_count,
     ask_existence,
     ask_landscape,
+    ask_place,
     ask_position,
     ask_result,
     ask_translation,
@@ -39,9 +41,10 @@ def _sentences() -> list[str]:
     texts = [DESCRIBE, "text : ; nothing Yes No", ask_result("sum", 1), ask_result("program", 1)]
     texts += [ask_existence(color, "star") for color in COLORS]
     texts += [
-        f"{ask_count(s)} {ask_color(s)} {plural(s)} {ask_existence('red', s)}" for s in SHAPES
+        f"{ask_count('', s)} {ask_color(s)} {plural(s)} {ask_existence('red', s)}" for s in SHAPES
     ]
     texts += [ask_position("star", side, "moon") for side in ("left", "right", "above", "below")]
+    texts += [ask_condition("day"), ask_place("beach")]
     texts += [ask_landscape(place, condition) for place in PLACES for condition in CONDITIONS]
     texts += [f"{french(n, a)} {ask_translation(n, a)}" for n in NOUNS for a in ADJECTIVES]
     rng = Random(0)

@@ -53,7 +53,8 @@ def compositions(scene: Scene) -> set[Composition]:
     being asked about is held out.
     """
     shown: set[Composition] = {("color", item.color, item.shape) for item in scene.items}
-    shown |= {("count", n, s) for s, n in Counter(i.shape for i in scene.items).items()}
+    alike = Counter((item.color, item.shape) for item in scene.items)
+    shown |= {("count", number, *kind) for kind, number in alike.items()}
     if scene.phrase:
         shown.add(("translation", *scene.phrase))
     elif scene.kind:

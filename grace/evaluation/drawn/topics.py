@@ -47,7 +47,7 @@ class Topic:
 
     `facts[i]` is what a scene has to show for question i to be true, `asked[i]` the composition
     that question i is about. `open_question` has the answer `open_answers[i]` where question i is
-    true. `about` are the shapes that both questions name.
+    true. `about` are the shapes that both questions name, of a count the color and the shape.
     """
 
     subtask: str
@@ -68,9 +68,9 @@ def ask_existence(color: str, shape: str) -> str:
     return f"Is there {_with_article(f'{color} {shape}')} in this image?"
 
 
-def ask_count(shape: str) -> str:
-    """How many such shapes are there."""
-    return f"How many {plural(shape)} are there in this image?"
+def ask_count(color: str, shape: str) -> str:
+    """How many such shapes are there; of all colors where `color` is empty."""
+    return f"How many {f'{color} {plural(shape)}'.lstrip()} are there in this image?"
 
 
 def ask_color(shape: str) -> str:
@@ -86,13 +86,26 @@ def ask_position(one: str, side: str, other: str) -> str:
 
 def landscape_named(place: str, condition: str) -> str:
     """A landscape in words."""
-    name = "mountains" if place == "mountain" else f"a {place}"
-    return f"{name} {CONDITIONS[condition]}"
+    return f"{_place_named(place)} {CONDITIONS[condition]}"
+
+
+def _place_named(place: str) -> str:
+    return "mountains" if place == "mountain" else f"a {place}"
 
 
 def ask_landscape(place: str, condition: str) -> str:
     """Whether the landscape is this one."""
     return f"Does this image show {landscape_named(place, condition)}?"
+
+
+def ask_place(place: str) -> str:
+    """Whether the landscape is there, whatever the sky."""
+    return f"Does this image show {_place_named(place)}?"
+
+
+def ask_condition(condition: str) -> str:
+    """Whether the landscape is under this sky."""
+    return f"Does this image show a place {CONDITIONS[condition]}?"
 
 
 def ask_result(kind: str, number: int) -> str:
@@ -136,25 +149,36 @@ def _existence(level: str, split: str, rng: Random) -> Topic:
 
 
 def _count(level: str, split: str, rng: Random) -> Topic:
-    numbers = range(1, LEVELS[level].count + 1)
-    allowed = {s: [n for n in numbers if may_ask(("count", n, s), split)] for s in SHAPES}
-    shape = rng.choice([s for s in SHAPES if len(allowed[s]) > 1])
-    one = rng.choice(allowed[shape])
-    near = sorted((n for n in allowed[shape] if n != one), key=lambda n: abs(n - one))
+    """Of a color and shape that training shows; how many of them is what may be held out."""
+    numbers = _numbers_of(level, split)
+    color, shape = rng.choice(sorted(numbers))
+    one = rng.choice(numbers[color, shape])
+    near = sorted((n for n in numbers[color, shape] if n != one), key=lambda n: abs(n - one))
     other = rng.choice([n for n in near if abs(n - one) <= max(2, abs(near[0] - one))])
 
     def text(n: int) -> str:
-        return f"{'Is' if n == 1 else 'Are'} there {n} {shape if n == 1 else plural(shape)}"
+        return f"{'Is' if n == 1 else 'Are'} there {n} {color} {shape if n == 1 else plural(shape)}"
 
     return Topic(
         "count",
         (one, other),
-        (("count", one, shape), ("count", other, shape)),
+        (("count", one, color, shape), ("count", other, color, shape)),
         (f"{text(one)} in this image?", f"{text(other)} in this image?"),
-        ask_count(shape),
+        ask_count(color, shape),
         (str(one), str(other)),
-        (shape,),
+        (color, shape),
     )
+
+
+@cache
+def _numbers_of(level: str, split: str) -> dict[tuple[str, str], list[int]]:
+    """Numbers that `split` asks about, of every color and shape of which there is more than one."""
+    every = range(1, LEVELS[level].count + 1)
+    found = {
+        pair: [n for n in every if may_ask(("count", n, *pair), split)]
+        for pair in _pairs("color", "train")
+    }
+    return {pair: numbers for pair, numbers in found.items() if len(numbers) > 1}
 
 
 def _position(level: str, split: str, rng: Random) -> Topic:
