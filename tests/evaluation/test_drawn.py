@@ -180,10 +180,13 @@ def test_held_out_compositions_never_occur_in_training(examples):
 
 def test_every_part_of_a_held_out_composition_occurs_in_training(examples):
     found = set().union(*(compositions(e.scene) | asked_compositions(e) for e in examples))
-    for kind, parts in (("color", (vocabulary.COLORS, vocabulary.SHAPES)),
-                        ("scene", (vocabulary.PLACES, vocabulary.CONDITIONS)),
-                        ("translation", (vocabulary.NOUNS, vocabulary.ADJECTIVES)),
-                        ("count", (range(1, 10), vocabulary.COLORS, vocabulary.SHAPES))):  # fmt: skip
+    every = {
+        "color": (vocabulary.COLORS, vocabulary.SHAPES),
+        "scene": (vocabulary.PLACES, vocabulary.CONDITIONS),
+        "translation": (vocabulary.NOUNS, vocabulary.ADJECTIVES),
+        "count": (range(1, 10), vocabulary.COLORS, vocabulary.SHAPES),
+    }
+    for kind, parts in every.items():
         for place, names in enumerate(parts):
             assert {c[1 + place] for c in found if c[0] == kind} == set(names), kind
 
