@@ -114,8 +114,7 @@ def footnotes(study: Mapping[str, Any]) -> list[str]:
         f"Scores are MME's (200 a subtask, 100·acc + 100·acc⁺) on {drawn['questions']} held-out "
         f"questions about {drawn['images']} drawn images; ± is one standard error over images.",
         f"Trained arms: {seeds} seed{'s' if seeds > 1 else ''}, {config['steps']} steps of "
-        f"{config['batch_images']} images with {config['questions_per_image']} questions each, the "
-        "same data for all; "
+        f"{config['batch_images']} images with {_of_an_image(config)} each, the same data for all; "
         + (
             "learning rates were swept, see below."
             if study.get("sweep")
@@ -132,6 +131,12 @@ def footnotes(study: Mapping[str, Any]) -> list[str]:
             f"packed layers. Answers that agree with the fake-quantized model's: {agreed}."
         )
     return notes
+
+
+def _of_an_image(config: Mapping[str, Any]) -> str:
+    if config.get("benchmark") == "drawn":
+        return f"{3 + config['further_questions']} questions and a description"
+    return f"{config['questions_per_image']} questions"
 
 
 def to_markdown(
