@@ -138,8 +138,8 @@ def section(gpu: str, content: Mapping[str, Any]) -> str:
         f"### {facts['device'].upper()}\n\n"
         f"Medians; torch {facts['torch']}, CUDA {facts.get('cuda', 'unknown')}, commit "
         f"{facts['commit'][:12]}. The floor is what reading a step's weights once takes at "
-        f"{facts['read_gb_per_s']:.0f} GB/s. In brackets: bf16 as transformers generates, over the "
-        "side; above 1 where the side is better."
+        f"the speed that its run read at ({facts['read_gb_per_s']:.0f} GB/s in the last). In "
+        "brackets: bf16 as transformers generates, over the side; above 1 where the side is better."
     )
     parts = [head, f"![Time of a token and memory]({chart_of(gpu, content).path.name})"]
     for (model, batch), sides in found.items():
