@@ -80,11 +80,21 @@ class ModelRecipe:
 
 @dataclass(frozen=True)
 class MakeConfig:
-    """Teacher and student made from nothing, once for all arms and seeds; `seed` is of both."""
+    """Teacher and student made from nothing, once for all arms and seeds.
+
+    Attributes:
+        teacher, student: how.
+        images: training images that both learn; those of the arms are others.
+        seed: of both models.
+    """
 
     teacher: ModelRecipe
     student: ModelRecipe
+    images: int
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        _at_least("study: make", images=(self.images, 1))
 
 
 @dataclass(frozen=True)
@@ -126,7 +136,7 @@ class StudyConfig:
             student trained on for as long as the trained arms.
         benchmark: "synthetic" (six subtasks, tiny images) or "drawn" (nine, three levels).
         levels, pixels: of the drawn benchmark.
-        train_images: training images drawn; fewer than steps * batch_images means epochs.
+        train_images: training images that arms see; fewer than steps * batch_images means epochs.
         heldout_images: images of the test split a subtask (and level), two questions each.
         validation_images: likewise of the validation split, which a sweep scores on.
         questions_per_image: of a training row of the synthetic benchmark.

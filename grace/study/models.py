@@ -16,7 +16,7 @@ from torch import nn
 
 from grace.evaluation import tiny
 from grace.study.config import ModelRecipe, StudyConfig
-from grace.study.pool import TRAIN
+from grace.study.pool import MAKING
 from grace.training.config import GraceConfig
 from grace.training.files import publish, write_whole
 
@@ -78,7 +78,7 @@ def make(
 ) -> None:
     """Train `teacher` or `student` from nothing into `root/models`, unless it is there.
 
-    It learns the rows that the arms train on, in full precision, and is kept in bfloat16. What was
+    It learns rows like those of the arms, in full precision, and is kept in bfloat16. What was
     interrupted goes on from its last checkpoint. A rank of several (`grace.study.ranks`) takes its
     part of every batch.
 
@@ -98,7 +98,7 @@ def make(
     folder = making_dir(root, which)
     started = time.perf_counter()
     options = _options(config, recipe, folder, device, images)
-    data = DrawnQuestions(root / "data" / TRAIN, processor)
+    data = DrawnQuestions(root / "data" / MAKING, processor)
     if device == "cuda":
         compile_layers(model)
     tokens = train(model, options, data, processor, until=until)

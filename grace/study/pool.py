@@ -38,7 +38,7 @@ from grace.evaluation.packed_questions import lay_out, tokenize
 from grace.study.config import StudyConfig
 from grace.training.files import write_whole
 
-TRAIN = "train"
+TRAIN, MAKING = "train", "making"  # what arms learn from, and what models are made from
 PIXELS, ROWS, FACTS, DONE = "pixels.u8", "rows.safetensors", "facts.json", "pool.json"
 _PART = 1024  # images of one job, kept when the others are not done
 _Drawn = tuple[np.ndarray, Any]  # a picture [3, P, P], and its rows or facts
@@ -53,9 +53,15 @@ def spec_of(config: StudyConfig, split: str) -> dict[str, Any]:
         "pixels": config.pixels,
     }
     if split == TRAIN:
-        return {**spec, "images": config.train_images, "further": config.further_questions}
+        return spec | _rows_spec(config, config.train_images, 0)
+    if split == MAKING and config.make is not None:  # training rows as well, behind those of arms
+        return spec | {"split": TRAIN} | _rows_spec(config, config.make.images, config.train_images)
     each = config.heldout_images if split == "heldout" else config.validation_images
     return {**spec, "images": each * len(SUBTASKS) * len(config.levels)}
+
+
+def _rows_spec(config: StudyConfig, images: int, first: int) -> dict[str, Any]:
+    return {"images": images, "first": first, "further": config.further_questions}
 
 
 def draw_pool(
@@ -123,7 +129,7 @@ def _require_room(folder: Path, size: int) -> None:
     if free + held < size:
         raise OSError(
             f"study: data must have {size / 2**30:.1f} GiB free, got {(free + held) / 2**30:.1f} "
-            f"GiB in {folder}; fewer train_images or pixels need less"
+            f"GiB in {folder}; fewer images or pixels need less"
         )
 
 
@@ -188,7 +194,7 @@ def prefix(processor: Any, pixels: int) -> tuple[int, ...]:
 
 def _training_images(spec: dict[str, Any], start: int, count: int) -> Any:
     examples = Examples(spec["seed"], tuple(spec["levels"]), TRAIN)
-    for index in range(start, start + count):
+    for index in range(spec["first"] + start, spec["first"] + start + count):
         example = examples[index]
         rng = Random(f"further {spec['seed']} {index}")
         asked = [(question.text, question.answer) for question in example.questions]

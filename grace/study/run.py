@@ -176,6 +176,8 @@ def draw_data(config: StudyConfig, root: Path, progress: Progress) -> None:
         progress.finish("draw")
         return
     splits = [TRAIN, config.split, *(["validation"] if config.sweep is not None else [])]
+    if not all(models.is_made(config, root, which) for which in ("teacher", "student")):
+        splits.insert(0, pool.MAKING)
     for split in dict.fromkeys(splits):
         spec, done = pool.spec_of(config, split), 0
         progress.start(f"draw {split}", spec["images"])

@@ -42,7 +42,7 @@ OPTIONS: dict[str, Any] = {
     "cka_images": 4,
     "save_steps": 2,
     "processes": 1,
-    "make": {"teacher": {**MODEL, "width": 32, "inner": 64}, "student": MODEL},
+    "make": {"images": 12, "teacher": {**MODEL, "width": 32, "inner": 64}, "student": MODEL},
 }
 
 

@@ -17,7 +17,7 @@ from grace.evaluation.drawn.models import make_processor
 from grace.evaluation.drawn.topics import SUBTASKS
 from grace.evaluation.packed_questions import block_mask, tokenize
 from grace.study import pool
-from grace.study.config import StudyConfig
+from grace.study.config import MakeConfig, ModelRecipe, StudyConfig
 from grace.study.training import DrawnQuestions, as_inputs
 
 CONFIG = StudyConfig(
@@ -36,6 +36,22 @@ def pools(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for split in ("train", "validation", "heldout"):
         pool.draw_pool(root / split, pool.spec_of(CONFIG, split))
     return root
+
+
+def test_models_are_made_from_pictures_that_no_arm_sees(pools: Path, tmp_path: Path) -> None:
+    size = ModelRecipe(16, 32, 2, 2, 16, 1, steps=3)
+    config = replace(CONFIG, make=MakeConfig(size, size, images=30))
+    pool.draw_pool(tmp_path / "p", pool.spec_of(config, pool.MAKING))
+    made = pool.Pool(tmp_path / "p")
+    assert len(_digests(tmp_path / "p")) == 30
+    assert not _digests(tmp_path / "p") & _digests(pools / "train")
+    # The rows that would come next, were the arms given more.
+    longer = pool.spec_of(replace(CONFIG, train_images=75), "train")
+    pool.draw_pool(tmp_path / "longer", longer)
+    whole = pool.Pool(tmp_path / "longer")
+    assert np.array_equal(whole.pixels[45:], made.pixels)
+    rows, bounds = whole.rows()
+    assert torch.equal(rows[:, bounds[45] :], made.rows()[0])
 
 
 def _digests(folder: Path) -> set[str]:
