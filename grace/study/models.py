@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -99,9 +101,8 @@ def make(
     started = time.perf_counter()
     options = _options(config, recipe, folder, device, images)
     data = DrawnQuestions(root / "data" / MAKING, processor)
-    if device == "cuda":
-        compile_layers(model)
-    tokens = train(model, options, data, processor, until=until)
+    with compiled_layers(model, enabled=device == "cuda"):
+        tokens = train(model, options, data, processor, until=until)
     if options.process_index > 0:  # rank 0 keeps it
         return
     _keep(model, processor, root / MADE / which)
@@ -114,17 +115,31 @@ def make(
     remove_checkpoints(folder)
 
 
-def compile_layers(model: nn.Module, **options: Any) -> None:
-    """Compile a model's layers in place, as `torch.compile` does with `options`.
+@contextmanager
+def compiled_layers(
+    *held: nn.Module | None, enabled: bool = True, **options: Any
+) -> Iterator[None]:
+    """Within it the layers of these models are compiled, as `torch.compile` does with `options`.
 
     Half of an uncompiled step of models this narrow is casts, norms and sums. Layers of one kind
     share one program for all lengths, which takes seconds; a whole model takes a minute and more.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            module.compile(dynamic=True, **options)
+    layers = [
+        layer
+        for model in held
+        if enabled and model is not None
+        for layer in model.modules()
+        if isinstance(layer, GradientCheckpointingLayer)
+    ]
+    for layer in layers:
+        layer.compile(dynamic=True, **options)
+    try:
+        yield
+    finally:  # scoring has other shapes and dtypes, and would compile anew for a few batches
+        for layer in layers:
+            layer._compiled_call_impl = None
 
 
 def images_of_a_rank(config: StudyConfig, which: str, ranks: int) -> int:

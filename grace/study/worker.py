@@ -255,6 +255,6 @@ def _train(task: Task, model: nn.Module) -> int:
     if config.needs_teacher:
         dtype = torch.bfloat16 if config.bf16 else torch.float32
         teacher = models.load(task.model_dir("teacher"), task.device, dtype)
-    return train(
-        model, config, training_data(task), task.processor, teacher=teacher, until=task.until
-    )
+    data = training_data(task)
+    with models.compiled_layers(model, teacher, enabled=task.device == "cuda"):
+        return train(model, config, data, task.processor, teacher=teacher, until=task.until)

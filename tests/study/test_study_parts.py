@@ -15,7 +15,7 @@ from grace.evaluation.tiny import Size
 from grace.study.arms import Arm, quickstart_arms
 from grace.study.config import SCALES, StudyConfig
 from grace.study.data import PackedQuestions, cache_teacher, draw
-from grace.study.models import compile_layers, load, model_dir, processor_of
+from grace.study.models import compiled_layers, load, model_dir, processor_of
 from grace.study.options import from_dict
 from grace.study.report import read_study
 from grace.study.run import run_study
@@ -155,15 +155,18 @@ def test_compiled_layers_compute_and_are_kept_the_same() -> None:
     for compiled in (False, True):
         model = make_model(size, 0, 28)
         names = list(model.state_dict())
-        if compiled:  # the graphs alone: what inductor makes of them is for GPUs
-            compile_layers(model, backend="aot_eager")
         text = torch.randint(8, 90, (2, 9), generator=torch.Generator().manual_seed(0))
         image = torch.full((2, 4), model.config.image_token_index)
         pixels = torch.linspace(-1, 1, 2 * 3 * 28 * 28).view(2, 3, 28, 28)
         ids = torch.cat([image, text], 1)
-        loss = model(input_ids=ids, pixel_values=pixels, labels=ids).loss
-        loss.backward()
-        grad = model.model.language_model.layers[0].mlp.up_proj.weight.grad
+        # The graphs alone: what inductor makes of them is for GPUs.
+        with compiled_layers(model, None, enabled=compiled, backend="aot_eager"):
+            layers = model.model.language_model.layers
+            assert all((layer._compiled_call_impl is not None) == compiled for layer in layers)
+            loss = model(input_ids=ids, pixel_values=pixels, labels=ids).loss
+            loss.backward()
+        assert all(layer._compiled_call_impl is None for layer in layers)
+        grad = layers[0].mlp.up_proj.weight.grad
         losses.append((loss.item(), grad))
         assert list(model.state_dict()) == names
     (plain, grads), (fast, fast_grads) = losses
