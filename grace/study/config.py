@@ -99,16 +99,20 @@ class MakeConfig:
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """Learning rates, swept once a trained method on the validation split, then reused.
+    """Options that each trained method tries on the validation split; the best are reused.
 
     Attributes:
-        learning_rates: candidates, the same for every method.
-        bits: that quantized methods are swept at; their rate is reused at all bits.
-        seed: training seed of the candidates; the rate is reused for all seeds.
-        ablations: sweep GRACE's variants too; False: they take GRACE's rate.
+        learning_rates: candidates of every method that `candidates` does not name.
+        candidates: by method, options of GraceConfig to try, `learning_rate` among them, for
+            methods whose terms have weights; as many as there are learning rates, so that all
+            methods have the same budget.
+        bits: that quantized methods are swept at; what was chosen is reused at all bits.
+        seed: training seed of the candidates; what was chosen is reused for all seeds.
+        ablations: sweep GRACE's variants too; False: they take GRACE's options.
     """
 
     learning_rates: tuple[float, ...]
+    candidates: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     bits: int = 4
     seed: int = 0
     ablations: bool = False
@@ -119,8 +123,19 @@ class SweepConfig:
             raise ValueError(
                 f"study: sweep.learning_rates must be different numbers above 0, got {rates}"
             )
+        for method, tried in self.candidates.items():
+            if len(tried) != len(rates) or not all("learning_rate" in each for each in tried):
+                raise ValueError(
+                    f"study: sweep.candidates.{method} must be {len(rates)} times options with a "
+                    f"learning_rate, as many as sweep.learning_rates, got {tried}"
+                )
         if not 2 <= self.bits <= 8:
             raise ValueError(f"study: sweep.bits must be 2 to 8, got {self.bits}")
+
+    def of(self, method: str, tuned_as: str | None = None) -> list[dict[str, Any]]:
+        """Candidates of a method: its own, those of the one that it is tuned as, or the rates."""
+        rates = [{"learning_rate": rate} for rate in self.learning_rates]
+        return self.candidates.get(method) or self.candidates.get(tuned_as or "") or rates
 
 
 @dataclass(frozen=True)
@@ -141,6 +156,9 @@ class StudyConfig:
         validation_images: likewise of the validation split, which a sweep scores on.
         questions_per_image: of a training row of the synthetic benchmark.
         further_questions: of a training row of the drawn one, beside its three and a description.
+        label_errors: share of the yes/no answers in the drawn rows that arms train on which are
+            wrong, as in training data that people or models wrote; the models' own rows, and all
+            that is scored, are exact.
         steps, batch_images, warmup_steps, weight_decay: of every trained arm.
         learning_rate: of every trained arm that neither `sweep` nor `tuned` says something of.
         tuned: options of GraceConfig by method or arm (the arm's own come last).
@@ -173,6 +191,7 @@ class StudyConfig:
     validation_images: int = 100
     questions_per_image: int = 6
     further_questions: int = 3
+    label_errors: float = 0.0
     steps: int = 300
     batch_images: int = 32
     warmup_steps: int = 20
@@ -206,7 +225,21 @@ class StudyConfig:
             values = getattr(self, name)
             if not values or len(set(values)) != len(values):
                 raise ValueError(f"study: {name} must be different values, got {list(values)}")
+        if not 0 <= self.label_errors < 0.5 or (self.label_errors and self.benchmark != "drawn"):
+            raise ValueError(
+                "study: label_errors must be at least 0 and below 0.5, and 0 unless the benchmark "
+                f"is drawn, got {self.label_errors} of {self.benchmark}"
+            )
+        self._check_sweep()
         self._check_choices()
+
+    def _check_sweep(self) -> None:
+        for method, tried in self.sweep.candidates.items() if self.sweep is not None else ():
+            names = {name for each in tried for name in each}
+            if twice := sorted(names & self.tuned.get(method, {}).keys()):
+                raise ValueError(
+                    f"study: {', '.join(twice)} of {method} must be swept or tuned, got both"
+                )
 
     def _check_choices(self) -> None:
         for name, allowed in (("benchmark", BENCHMARKS), ("split", ("heldout", "validation"))):

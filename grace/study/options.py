@@ -37,6 +37,11 @@ def from_dict(options: Mapping[str, Any]) -> StudyConfig:
         if not isinstance(tuned, Mapping):
             raise ValueError(f"study: tuned.{name} must be options, got {tuned!r}")
         check_keys(dict(tuned))
+    for method, tried in config.sweep.candidates.items() if config.sweep is not None else ():
+        if method not in config.arms:
+            raise ValueError(f"study: sweep.candidates must name arms of the study, got {method!r}")
+        for options_tried in tried:
+            check_keys(options_tried)
     known = {text for arm in arms_of(config) for text in (arm.method, arm.name)}
     if wrong := [name for name in config.tuned if name not in known]:
         near = suggestion(wrong[0], sorted(known))

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from grace.study.answers import PAPER_R, EntropyError
 from grace.study.arms import FULL
+from grace.study.candidates import RATE, by_weights
 from grace.study.charts import color_of, save, title
 from grace.study.comparisons import counterpart
 from grace.study.resampling import Resampled
 
 Arm = Mapping[str, Any]
+_DASHES = ("solid", "dashed", "dotted", "dashdot")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
@@ -206,14 +209,22 @@ def _cka(arms: Sequence[Arm], path: Path) -> None:
 
 
 def _sweep(sweep: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """Validation score over learning rates, a line a method; the chosen rate filled."""
+    """Validation score over learning rates, a line for each method and its weights; what was
+    chosen filled."""
     figure, axes = _axes(height=3.6)
     for method, found in sweep.items():
-        rates, totals = found["learning_rates"], found["totals"]
         color = color_of(method)
-        axes.plot(rates, totals, "o-", color=color, fillstyle="none", linewidth=1.2, label=method)
-        best = rates.index(found["chosen"])
-        axes.plot(rates[best], totals[best], "o", color=color)
+        styles = cycle(_DASHES)
+        for weights, totals in by_weights(found).items():
+            label = f"{method}, {weights}" if weights else method
+            line = {
+                "color": color,
+                "fillstyle": "none",
+                "linewidth": 1.2,
+                "linestyle": next(styles),
+            }
+            axes.plot(list(totals), list(totals.values()), marker="o", label=label, **line)
+        axes.plot(found["chosen"][RATE], max(found["totals"]), "o", color=color)
     _log_axis(axes)
     axes.set_xlabel("learning rate", fontsize=9)
     axes.set_ylabel("total on the validation split", fontsize=9)

@@ -106,6 +106,16 @@ def table(study: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
+def _label_errors(config: Mapping[str, Any]) -> list[str]:
+    share = config.get("label_errors", 0.0)
+    if not share:
+        return []
+    return [
+        f"{share:.0%} of the yes/no answers that trained arms learn from are wrong; those of the "
+        "models' own training, and all that is scored, are exact."
+    ]
+
+
 def footnotes(study: Mapping[str, Any]) -> list[str]:
     """What stands behind the numbers."""
     config, drawn = study["config"], study["benchmark"]
@@ -116,11 +126,12 @@ def footnotes(study: Mapping[str, Any]) -> list[str]:
         f"Trained arms: {seeds} seed{'s' if seeds > 1 else ''}, {config['steps']} steps of "
         f"{config['batch_images']} images with {_of_an_image(config)} each, the same data for all; "
         + (
-            "learning rates were swept, see below."
+            "each method's options were swept, see below."
             if study.get("sweep")
             else "how each method was tuned stands in studies/quickstart/sweep.md."
         )
         + (" One seed: the spread between seeds is not known." if seeds == 1 else ""),
+        *_label_errors(config),
         "MB: weights as served, quantized layers at their bits with bf16 scales, the rest bf16.",
     ]
     rates = [(title(arm), arm["agreement"]) for arm in study["arms"] if arm["deployed"]]

@@ -24,7 +24,7 @@ def score(task: Task, model: nn.Module) -> dict[str, Any]:
     asked, processor = questions_of(task), task.processor
     said, entropy = questions.ask(model, processor, asked.batches)
     result: dict[str, Any] = {"deployed": False, "agreement": None}
-    if task.arm.deployable and task.rate is None:
+    if task.arm.deployable and task.candidate is None:
         packed = deploy(task, model)
         deployed, entropy = questions.ask(packed, processor, asked.batches)
         same = sum(a == b for a, b in zip(said, deployed, strict=True))

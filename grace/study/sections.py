@@ -12,6 +12,7 @@ from typing import Any
 
 from grace.study.answers import PAPER_R, EntropyError
 from grace.study.arms import FULL
+from grace.study.candidates import RATE, by_weights
 from grace.study.charts import title
 from grace.study.claims import SOURCE, Claim, signed
 from grace.study.comparisons import Comparison, counterpart
@@ -188,17 +189,19 @@ def _sweep(study: Study) -> Section | None:
     notes = list(study.get("not_swept") or ())
     sweep = study.get("sweep") or {}
     if not sweep:
-        return Section("Learning rates", notes=notes) if notes else None
-    rates = sorted({rate for found in sweep.values() for rate in found["learning_rates"]})
+        return Section("Tuning", notes=notes) if notes else None
+    rates = sorted({each[RATE] for found in sweep.values() for each in found["candidates"]})
     rows = []
     for method, found in sweep.items():
-        totals = dict(zip(found["learning_rates"], found["totals"], strict=True))
-        cells = [f"{totals[rate]:.0f}" if rate in totals else "" for rate in rates]
-        edge = " (at the edge)" if found.get("at_edge") else ""
-        rows.append([method, *cells, f"{found['chosen']:g}{edge}"])
-    header = ["method", *(f"{rate:g}" for rate in rates), "chosen"]
-    first = "Total on the validation split by learning rate; the best is taken."
-    return Section("Learning rates", [Table(header, rows)], [first, *notes], ["sweep"])
+        for weights, totals in by_weights(found).items():
+            best = max(found["totals"]) in totals.values()
+            edge = " (at the edge)" if found["at_edge"] else ""
+            chosen = f"{found['chosen'][RATE]:g}{edge}" if best else ""
+            cells = [f"{totals[rate]:.0f}" if rate in totals else "" for rate in rates]
+            rows.append([method, weights, *cells, chosen])
+    header = ["method", "weights", *(f"{rate:g}" for rate in rates), "chosen"]
+    first = "Total on the validation split by learning rate; the best candidate is taken."
+    return Section("Tuning", [Table(header, rows)], [first, *notes], ["sweep"])
 
 
 def _examples(study: Study) -> Section | None:

@@ -1,8 +1,8 @@
-"""Learning rates: each trained method tries the same ones, once, on the validation split.
+"""Tuning: each trained method tries as many candidates, once, on the validation split.
 
-A candidate is the arm itself with another rate, at one number of bits and with one seed; the rate
-with the highest total score is taken for all bits and seeds. sweep.json records every candidate,
-and what was not swept.
+A candidate is the arm itself with other options of training, at one number of bits and with one
+seed; those with the highest total score are taken for all bits and seeds. sweep.json records every
+candidate, and what was not swept.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from grace.study.arms import FULL, METHODS, Arm
+from grace.study.candidates import RATE
 from grace.study.config import StudyConfig
 from grace.study.task import Task
 
@@ -38,53 +39,75 @@ def sweep_tasks(config: StudyConfig, root: Path, device: str, until: float | Non
             config,
             root,
             device,
-            rate,
+            number,
             until,
         )
         for method in swept_methods(config)
-        for rate in config.sweep.learning_rates
+        for number in range(len(config.sweep.learning_rates))
     ]
 
 
 def choose(config: StudyConfig, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """For every swept method the rate with the highest validation score (the lower of two alike).
+    """For every swept method the candidate with the highest validation score (the first of two
+    alike).
 
     Args:
         config: the study.
         results: of all of `sweep_tasks`, in their order.
     """
     assert config.sweep is not None
-    rates = config.sweep.learning_rates
+    count = len(config.sweep.learning_rates)
     found: dict[str, Any] = {}
     for number, method in enumerate(swept_methods(config)):
-        own = results[number * len(rates) : (number + 1) * len(rates)]
+        own = results[number * count : (number + 1) * count]
+        tried = config.sweep.of(method, METHODS[method].tuned_as)
         totals = [result["score"]["total"] for result in own]
-        best = max(range(len(rates)), key=lambda index: (totals[index], -rates[index]))
+        chosen = tried[totals.index(max(totals))]
+        rates = [each[RATE] for each in tried]
         found[method] = {
-            "arm": own[best]["arm"],
+            "arm": own[0]["arm"],
             "seed": config.sweep.seed,
-            "questions": own[best]["score"]["questions"],
-            "learning_rates": list(rates),
+            "questions": own[0]["score"]["questions"],
+            "candidates": tried,
             "totals": totals,
-            "chosen": rates[best],
+            "chosen": chosen,
             # The best may lie beyond what was tried.
-            "at_edge": rates[best] in (min(rates), max(rates)),
+            "at_edge": chosen[RATE] in (min(rates), max(rates)),
         }
     return found
 
 
 def told(config: StudyConfig) -> list[str]:
-    """What is not swept, in sentences."""
+    """What is swept and what is not, in sentences."""
     if config.sweep is None:
         return ["Learning rates are not swept in this study."]
     lines = [
-        f"Learning rates are swept at {config.sweep.bits} bits with seed {config.sweep.seed} only, "
-        "and reused at all bits and for all seeds.",
-        "Nothing else is swept: temperature, weights of the terms, the controller, the ratio of "
-        "scales' learning rate, warm-up and weight decay are the same for all methods that have "
-        "them.",
+        f"Every swept method tries {len(config.sweep.learning_rates)} candidates, at "
+        f"{config.sweep.bits} bits with seed {config.sweep.seed} only; the best is reused at all "
+        "bits and for all seeds.",
+        _weights_told(config),
     ]
     variants = [m for m in config.arms if _is_variant(m)]
     if variants and not config.sweep.ablations:
-        lines.append(f"{', '.join(variants)} take the learning rate of grace.")
+        lines.append(f"{', '.join(variants)} take the options of grace.")
     return lines
+
+
+def _weights_told(config: StudyConfig) -> str:
+    assert config.sweep is not None
+    swept = []
+    for method in swept_methods(config):
+        tried = config.sweep.of(method, METHODS[method].tuned_as)
+        names = dict.fromkeys(name for each in tried for name in each if name != RATE)
+        if names:
+            swept.append(f"{method}: {', '.join(names)}")
+    if not swept:
+        return (
+            "Nothing but learning rates is swept: temperature, weights of the terms, the "
+            "controller, the ratio of scales' learning rate, warm-up and weight decay are the same "
+            "for all methods that have them."
+        )
+    return (
+        f"Beside learning rates, {'; '.join(swept)}. Nothing else is swept: temperature, the ratio "
+        "of scales' learning rate, warm-up and weight decay are the same for all methods."
+    )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from grace.study import models, questions
-from grace.study.arms import Arm
+from grace.study.arms import METHODS, Arm
 from grace.study.config import StudyConfig
 from grace.study.data import HELDOUT, TEACHER, TRAIN, PackedQuestions
 from grace.study.questions import Questions
@@ -23,8 +23,8 @@ SWEEP = "sweep.json"
 class Task:
     """An arm to run with a seed, in the run directory `root`.
 
-    `rate`: a learning rate to try, scored on the validation split and not deployed; None: the arm
-    itself. `until`: time of the clock at which to stop.
+    `candidate`: number of the options of the sweep to try, scored on the validation split and not
+    deployed; None: the arm itself. `until`: time of the clock at which to stop.
     """
 
     arm: Arm
@@ -32,25 +32,32 @@ class Task:
     config: StudyConfig
     root: Path
     device: str = "cpu"
-    rate: float | None = None
+    candidate: int | None = None
     until: float | None = None
 
     @property
     def folder(self) -> Path:
         """Where the arm's files go."""
         name = f"{self.arm.name}-s{self.seed}"
-        if self.rate is None:
+        if self.candidate is None:
             return self.root / "arms" / name
-        return self.root / "sweep" / f"{name}-lr{self.rate:g}"
+        return self.root / "sweep" / f"{name}-try{self.candidate}"
 
     @property
     def split(self) -> str:
         """What it is scored on."""
-        return self.config.split if self.rate is None else "validation"
+        return self.config.split if self.candidate is None else "validation"
 
     def model_dir(self, which: str) -> Path:
         """Directory of the study's `teacher` or `student`."""
         return models.model_dir(self.config, self.root, which)
+
+    def tried(self) -> dict[str, Any]:
+        """The candidate's options of GraceConfig; none of an arm itself."""
+        if self.candidate is None or self.config.sweep is None:
+            return {}
+        tuned_as = METHODS[self.arm.method].tuned_as
+        return self.config.sweep.of(self.arm.method, tuned_as)[self.candidate]
 
     @property
     def processor(self) -> Any:

@@ -114,7 +114,8 @@ def _parameters(model: nn.Module) -> list[nn.Parameter]:
 
 def _keep_for_others(task: Task, model: Any) -> None:
     """The control's weights, where post-training arms start from it."""
-    if task.rate is not None or task.arm.name != "control" or "control" not in task.config.ptq_from:
+    wanted = task.candidate is None and "control" in task.config.ptq_from
+    if task.arm.name != "control" or not wanted:
         return
     beside = task.folder / f".{TRAINED}.unfinished"
     shutil.rmtree(beside, ignore_errors=True)
@@ -223,26 +224,25 @@ def training_config(task: Task, **options: Any) -> GraceConfig:
         "disable_tqdm": True,
         "dataloader_num_workers": config.loader_workers,
     }
-    tried = {} if task.rate is None else {"learning_rate": task.rate}
-    arm = {**tuned_options(task), **tried, **task.arm.training_options()}
+    arm = {**tuned_options(task), **task.tried(), **task.arm.training_options()}
     return GraceConfig(**{**common, **arm, **options})
 
 
 def tuned_options(task: Task) -> dict[str, Any]:
-    """Those of `tuned`, of the method it is tuned as and its own, over the rate that was swept."""
-    arm, found = task.arm, {}
+    """Those of `tuned`, of the method it is tuned as and its own, over what the sweep chose."""
+    arm = task.arm
+    found: dict[str, Any] = {}
     base = METHODS[arm.method].tuned_as
-    rates = swept_rates(task.root) if task.config.sweep is not None else {}
+    chosen = swept_options(task.root) if task.config.sweep is not None else {}
     for method in filter(None, (base, arm.method)):
         suffix = f"-{arm.bits}" if arm.quantized else ""
-        if method in rates:
-            found["learning_rate"] = rates[method]
+        found |= chosen.get(method, {})
         found |= task.config.options_of(method, f"{method}{suffix}")
     return found
 
 
-def swept_rates(root: Path) -> dict[str, float]:
-    """The learning rate that the sweep chose for each method; none before it is done."""
+def swept_options(root: Path) -> dict[str, dict[str, Any]]:
+    """The options that the sweep chose for each method; none before it is done."""
     path = root / SWEEP
     if not path.is_file():
         return {}

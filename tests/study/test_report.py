@@ -20,11 +20,21 @@ from grace.study.sections import sections
 
 SWEEP = {
     "qat": {
-        "learning_rates": [1e-4, 1e-3],
+        "candidates": [{"learning_rate": 1e-4}, {"learning_rate": 1e-3}],
         "totals": [10.0, 20.0],
-        "chosen": 1e-3,
+        "chosen": {"learning_rate": 1e-3},
         "at_edge": True,
-    }
+    },
+    "kd": {
+        "candidates": [
+            {"learning_rate": 1e-3, "beta_init": 4.0},
+            {"learning_rate": 1e-4, "beta_init": 4.0},
+            {"learning_rate": 1e-4, "beta_init": 1.0},
+        ],
+        "totals": [11.0, 12.0, 13.0],
+        "chosen": {"learning_rate": 1e-4, "beta_init": 1.0},
+        "at_edge": False,
+    },
 }
 
 

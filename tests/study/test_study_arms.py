@@ -98,7 +98,8 @@ def test_the_sweep_takes_the_best_rate_of_the_validation_split(
         for total, task in zip(totals, tasks, strict=True)
     ]
     found = choose(every, results)
-    assert [entry["chosen"] for entry in found.values()] == [1e-3, 1e-4, 1e-2, 1e-4]
+    chosen = [entry["chosen"] for entry in found.values()]
+    assert chosen == [{"learning_rate": rate} for rate in (1e-3, 1e-4, 1e-2, 1e-4)]
     assert [entry["at_edge"] for entry in found.values()] == [False, True, True, True]
     (tmp_path / "sweep.json").write_text(json.dumps(found))
     rates = {
@@ -109,7 +110,52 @@ def test_the_sweep_takes_the_best_rate_of_the_validation_split(
     assert rates["qat-4"] == rates["qat-2"] == 1e-2
     assert rates["grace-2"] == rates["grace-no-gate-4"] == 1e-4
     assert (rates["control"], rates["distil"]) == (1e-3, 1e-4)
-    assert any("grace-no-gate take the learning rate of grace" in line for line in told(every))
+    assert any("grace-no-gate take the options of grace" in line for line in told(every))
+    assert any("Nothing but learning rates is swept" in line for line in told(every))
+
+
+def test_a_sweep_tries_weights_of_terms_with_the_same_budget(
+    config: StudyConfig, tmp_path: Path
+) -> None:
+    kd = [{"learning_rate": 1e-3, "beta_init": 1.0}, {"learning_rate": 1e-3, "beta_init": 4.0}]
+    grace = [{"learning_rate": 1e-3, "omega": 1.0}, {"learning_rate": 1e-4, "omega": 5.0}]
+    every = replace(
+        config,
+        arms=("student", "distil", "qat", "kd", "grace", "grace-no-rcka"),
+        ptq_from=("student",),
+        sweep=SweepConfig((1e-4, 1e-3), {"kd": kd, "grace": grace}),
+        tuned={"grace": {"beta_dkd": 0.1}, "grace-4": {"tau": 0.5}},
+    )
+    tasks = sweep_tasks(every, tmp_path, "cpu", None)
+    assert [task.folder.name for task in tasks[-2:]] == ["grace-4-s0-try0", "grace-4-s0-try1"]
+    assert [task.tried() for task in tasks] == [
+        *grace, {"learning_rate": 1e-4}, {"learning_rate": 1e-3}, *kd, *grace
+    ]  # fmt: skip
+    tried = worker.training_config(tasks[-1])
+    assert (tried.learning_rate, tried.omega, tried.beta_dkd, tried.tau) == (1e-4, 5.0, 0.1, 0.5)
+    results = [
+        {"score": {"total": total, "questions": 36}, "arm": task.arm.name}
+        for total, task in zip([2, 1, 1, 2, 1, 2, 1, 2], tasks, strict=True)
+    ]
+    (tmp_path / "sweep.json").write_text(json.dumps(choose(every, results)))
+    made = {
+        arm.name: worker.training_config(_task(every, tmp_path, arm))
+        for arm in arms_of(every)
+        if arm.trained
+    }
+    assert (made["kd-4"].beta_init, made["kd-4"].learning_rate) == (4.0, 1e-3)
+    assert (made["grace-4"].omega, made["grace-4"].learning_rate) == (5.0, 1e-4)
+    assert (made["distil"].omega, made["distil"].learning_rate) == (1.0, 1e-3)
+    variant = made["grace-no-rcka-4"]
+    assert (variant.omega, variant.learning_rate, variant.beta_dkd) == (0.0, 1e-4, 0.1)
+    said = " ".join(told(every))
+    assert "distil: omega; kd: beta_init; grace: omega. Nothing else" in said
+    with pytest.raises(
+        ValueError, match=r"candidates\.kd must be 2 times options with a learning_"
+    ):
+        SweepConfig((1e-4, 1e-3), {"kd": kd[:1]})
+    with pytest.raises(ValueError, match="omega of grace must be swept or tuned, got both"):
+        replace(every, tuned={"grace": {"omega": 2.0}})
 
 
 def test_a_sweep_runs_before_the_arms(done: Path, config: StudyConfig, tmp_path: Path) -> None:
@@ -122,8 +168,8 @@ def test_a_sweep_runs_before_the_arms(done: Path, config: StudyConfig, tmp_path:
     study = run_study(swept, tmp_path)
     assert study["sweep"].keys() == {"qat"}
     arm = study["arms"][-1]
-    assert arm["learning_rate"] == study["sweep"]["qat"]["chosen"]
-    tried = json.loads(next(tmp_path.glob("sweep/*lr0.01/result.json")).read_text())
+    assert arm["learning_rate"] == study["sweep"]["qat"]["chosen"]["learning_rate"]
+    tried = json.loads(next(tmp_path.glob("sweep/*try1/result.json")).read_text())
     assert (tried["split"], tried["deployed"]) == ("validation", False)
     folder = tmp_path / "data" / "validation"
     assert json.loads((folder / "pool.json").read_text())["split"] == "validation"

@@ -20,6 +20,11 @@ from grace.study.arms import METHODS
         ({"stepz": 3}, "unknown option stepz, did you mean 'steps'"),
         ({"make": {"student": {}}}, "make.teacher must be given"),
         ({"sweep": {"learning_rates": ["fast"]}}, "sweep.learning_rates must be a number"),
+        (
+            {"sweep": {"learning_rates": [1], "candidates": {"awq": [{"learning_rate": 1}]}}},
+            "sweep.candidates must name arms of the study, got 'awq'",
+        ),
+        ({"label_errors": 0.5}, "label_errors must be at least 0 and below 0.5"),
         ({"arms": ["student", "gracE"], "ptq_from": ["student"]}, "method must be one of"),
         ({"arms": ["student", "rtn"]}, "must have control for ptq_from control"),
         ({"bits": [1]}, "bits must be 2 to 8, got 1"),
