@@ -25,6 +25,11 @@ def _at_least(where: str, **least: tuple[float, float]) -> None:
             raise ValueError(f"{where}: {name} must be at least {lowest}, got {value}")
 
 
+def _check_share(where: str, errors: float) -> None:
+    if not 0 <= errors < 0.5:
+        raise ValueError(f"{where}: label_errors must be at least 0 and below 0.5, got {errors}")
+
+
 @dataclass(frozen=True)
 class ModelRecipe:
     """A LLaVA made from nothing: its size, and how it learns the drawn benchmark's training rows.
@@ -35,6 +40,7 @@ class ModelRecipe:
         steps, batch_images, learning_rate, warmup_steps, weight_decay: of its training in full
             precision, cross-entropy, cosine schedule.
         save_steps: steps between checkpoints; an interrupted making goes on from the last.
+        label_errors: share of the yes/no answers it learns from that are wrong.
     """
 
     width: int
@@ -50,12 +56,14 @@ class ModelRecipe:
     warmup_steps: int = 200
     weight_decay: float = 0.01
     save_steps: int = 500
+    label_errors: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("width", "inner", "layers", "heads", "vision_width", "vision_layers"):
             _at_least("study: a model", **{name: (getattr(self, name), 1)})
         for name in ("steps", "batch_images", "save_steps"):
             _at_least("study: a model", **{name: (getattr(self, name), 1)})
+        _check_share("study: a model", self.label_errors)
         groups = self.kv_heads or self.heads
         if self.width % self.heads or self.heads % groups or self.vision_width % 4:
             raise ValueError(
@@ -106,14 +114,15 @@ class SweepConfig:
         candidates: by method, options of GraceConfig to try, `learning_rate` among them, for
             methods whose terms have weights; as many as there are learning rates, so that all
             methods have the same budget.
-        bits: that quantized methods are swept at; what was chosen is reused at all bits.
+        bits: that quantized methods are swept at; what was chosen is reused at the bits nearest to
+            it, of two as near at the lower.
         seed: training seed of the candidates; what was chosen is reused for all seeds.
         ablations: sweep GRACE's variants too; False: they take GRACE's options.
     """
 
     learning_rates: tuple[float, ...]
     candidates: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    bits: int = 4
+    bits: tuple[int, ...] = (4,)
     seed: int = 0
     ablations: bool = False
 
@@ -129,8 +138,12 @@ class SweepConfig:
                     f"study: sweep.candidates.{method} must be {len(rates)} times options with a "
                     f"learning_rate, as many as sweep.learning_rates, got {tried}"
                 )
-        if not 2 <= self.bits <= 8:
-            raise ValueError(f"study: sweep.bits must be 2 to 8, got {self.bits}")
+        if not self.bits or not all(2 <= bits <= 8 for bits in self.bits):
+            raise ValueError(f"study: sweep.bits must be 2 to 8, got {list(self.bits)}")
+
+    def bits_for(self, bits: int) -> int:
+        """Where what an arm of so many bits takes over was swept."""
+        return min(self.bits, key=lambda swept: (abs(swept - bits), swept))
 
     def of(self, method: str, tuned_as: str | None = None) -> list[dict[str, Any]]:
         """Candidates of a method: its own, those of the one that it is tuned as, or the rates."""
@@ -157,8 +170,7 @@ class StudyConfig:
         questions_per_image: of a training row of the synthetic benchmark.
         further_questions: of a training row of the drawn one, beside its three and a description.
         label_errors: share of the yes/no answers in the drawn rows that arms train on which are
-            wrong, as in training data that people or models wrote; the models' own rows, and all
-            that is scored, are exact.
+            wrong, as in training data that people or models wrote; what is scored is exact.
         steps, batch_images, warmup_steps, weight_decay: of every trained arm.
         learning_rate: of every trained arm that neither `sweep` nor `tuned` says something of.
         tuned: options of GraceConfig by method or arm (the arm's own come last).
@@ -225,10 +237,11 @@ class StudyConfig:
             values = getattr(self, name)
             if not values or len(set(values)) != len(values):
                 raise ValueError(f"study: {name} must be different values, got {list(values)}")
-        if not 0 <= self.label_errors < 0.5 or (self.label_errors and self.benchmark != "drawn"):
+        _check_share("study", self.label_errors)
+        if self.label_errors and self.benchmark != "drawn":
             raise ValueError(
-                "study: label_errors must be at least 0 and below 0.5, and 0 unless the benchmark "
-                f"is drawn, got {self.label_errors} of {self.benchmark}"
+                f"study: label_errors must be 0 unless the benchmark is drawn, got "
+                f"{self.label_errors} of {self.benchmark}"
             )
         self._check_sweep()
         self._check_choices()

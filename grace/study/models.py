@@ -100,7 +100,7 @@ def make(
     folder = making_dir(root, which)
     started = time.perf_counter()
     options = _options(config, recipe, folder, device, images)
-    data = DrawnQuestions(root / "data" / MAKING, processor)
+    data = DrawnQuestions(root / "data" / MAKING, processor, recipe.label_errors)
     with compiled_layers(model, enabled=device == "cuda"):
         tokens = train(model, options, data, processor, until=until)
     if options.process_index > 0:  # rank 0 keeps it

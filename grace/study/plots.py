@@ -212,11 +212,11 @@ def _sweep(sweep: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     """Validation score over learning rates, a line for each method and its weights; what was
     chosen filled."""
     figure, axes = _axes(height=3.6)
-    for method, found in sweep.items():
-        color = color_of(method)
+    for name, found in sweep.items():
+        color = color_of(found["method"])
         styles = cycle(_DASHES)
         for weights, totals in by_weights(found).items():
-            label = f"{method}, {weights}" if weights else method
+            label = f"{name}, {weights}" if weights else name
             line = {
                 "color": color,
                 "fillstyle": "none",

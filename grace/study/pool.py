@@ -53,8 +53,7 @@ def spec_of(config: StudyConfig, split: str) -> dict[str, Any]:
         "pixels": config.pixels,
     }
     if split == TRAIN:
-        made = _rows_spec(config, config.train_images, 0)
-        return spec | made | {"label_errors": config.label_errors}
+        return spec | _rows_spec(config, config.train_images, 0)
     if split == MAKING and config.make is not None:  # training rows as well, behind those of arms
         return spec | {"split": TRAIN} | _rows_spec(config, config.make.images, config.train_images)
     each = config.heldout_images if split == "heldout" else config.validation_images
@@ -200,18 +199,8 @@ def _training_images(spec: dict[str, Any], start: int, count: int) -> Any:
         rng = Random(f"further {spec['seed']} {index}")
         asked = [(question.text, question.answer) for question in example.questions]
         asked += further_questions(example, spec["further"], rng)
-        asked = [*_with_errors(asked, spec, index), (DESCRIBE, description(example.scene))]
+        asked.append((DESCRIBE, description(example.scene)))
         yield _picture(example.scene, spec["pixels"]), _tokens(spec["pixels"], asked)
-
-
-def _with_errors(
-    asked: list[tuple[str, str]], spec: dict[str, Any], index: int
-) -> list[tuple[str, str]]:
-    """Questions with some of their yes/no answers turned around; the same each time."""
-    share = spec.get("label_errors", 0.0)
-    rng = Random(f"errors {spec['seed']} {index}")
-    turned = {"Yes": "No", "No": "Yes"}
-    return [(q, turned.get(a, a) if rng.random() < share else a) for q, a in asked]
 
 
 def _picture(scene: Any, pixels: int) -> np.ndarray:

@@ -107,13 +107,12 @@ def table(study: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def _label_errors(config: Mapping[str, Any]) -> list[str]:
-    share = config.get("label_errors", 0.0)
-    if not share:
-        return []
-    return [
-        f"{share:.0%} of the yes/no answers that trained arms learn from are wrong; those of the "
-        "models' own training, and all that is scored, are exact."
-    ]
+    made = config.get("make") or {}
+    shares = {"trained arms": config.get("label_errors", 0.0)}
+    for which in ("teacher", "student"):
+        shares[f"the {which}"] = made.get(which, {}).get("label_errors", 0.0)
+    wrong = [f"{share:.0%} of what {who} learned from" for who, share in shares.items() if share]
+    return [f"Wrong yes/no answers: {', '.join(wrong)}; what is scored is exact."] if wrong else []
 
 
 def footnotes(study: Mapping[str, Any]) -> list[str]:

@@ -192,14 +192,14 @@ def _sweep(study: Study) -> Section | None:
         return Section("Tuning", notes=notes) if notes else None
     rates = sorted({each[RATE] for found in sweep.values() for each in found["candidates"]})
     rows = []
-    for method, found in sweep.items():
+    for name, found in sweep.items():
         for weights, totals in by_weights(found).items():
             best = max(found["totals"]) in totals.values()
             edge = " (at the edge)" if found["at_edge"] else ""
             chosen = f"{found['chosen'][RATE]:g}{edge}" if best else ""
             cells = [f"{totals[rate]:.0f}" if rate in totals else "" for rate in rates]
-            rows.append([method, weights, *cells, chosen])
-    header = ["method", "weights", *(f"{rate:g}" for rate in rates), "chosen"]
+            rows.append([name, weights, *cells, chosen])
+    header = ["arm", "weights", *(f"{rate:g}" for rate in rates), "chosen"]
     first = "Total on the validation split by learning rate; the best candidate is taken."
     return Section("Tuning", [Table(header, rows)], [first, *notes], ["sweep"])
 

@@ -1,8 +1,8 @@
 """Tuning: each trained method tries as many candidates, once, on the validation split.
 
-A candidate is the arm itself with other options of training, at one number of bits and with one
-seed; those with the highest total score are taken for all bits and seeds. sweep.json records every
-candidate, and what was not swept.
+A candidate is the arm itself with other options of training, at a few numbers of bits and with one
+seed; those with the highest total score are taken for the bits nearest to these and for all seeds.
+sweep.json records every candidate, and what was not swept.
 """
 
 from __future__ import annotations
@@ -29,27 +29,30 @@ def _is_variant(method: str) -> bool:
     return METHODS[method].tuned_as is not None and METHODS[method].quantized
 
 
-def sweep_tasks(config: StudyConfig, root: Path, device: str, until: float | None) -> list[Task]:
-    """Every candidate of every swept method."""
+def swept_arms(config: StudyConfig) -> list[Arm]:
+    """What is swept: methods that are not quantized, and the others at each of the sweep's bits."""
     assert config.sweep is not None
     return [
-        Task(
-            Arm(method, config.sweep.bits if METHODS[method].quantized else FULL),
-            config.sweep.seed,
-            config,
-            root,
-            device,
-            number,
-            until,
-        )
+        Arm(method, bits)
         for method in swept_methods(config)
-        for number in range(len(config.sweep.learning_rates))
+        for bits in (config.sweep.bits if METHODS[method].quantized else (FULL,))
+    ]
+
+
+def sweep_tasks(config: StudyConfig, root: Path, device: str, until: float | None) -> list[Task]:
+    """Every candidate of everything swept."""
+    assert config.sweep is not None
+    seed, count = config.sweep.seed, len(config.sweep.learning_rates)
+    return [
+        Task(arm, seed, config, root, device, number, until)
+        for arm in swept_arms(config)
+        for number in range(count)
     ]
 
 
 def choose(config: StudyConfig, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """For every swept method the candidate with the highest validation score (the first of two
-    alike).
+    """For everything swept the candidate with the highest validation score (the first of two
+    alike), by the arm's name.
 
     Args:
         config: the study.
@@ -58,14 +61,14 @@ def choose(config: StudyConfig, results: Sequence[Mapping[str, Any]]) -> dict[st
     assert config.sweep is not None
     count = len(config.sweep.learning_rates)
     found: dict[str, Any] = {}
-    for number, method in enumerate(swept_methods(config)):
+    for number, arm in enumerate(swept_arms(config)):
         own = results[number * count : (number + 1) * count]
-        tried = config.sweep.of(method, METHODS[method].tuned_as)
+        tried = config.sweep.of(arm.method, METHODS[arm.method].tuned_as)
         totals = [result["score"]["total"] for result in own]
         chosen = tried[totals.index(max(totals))]
         rates = [each[RATE] for each in tried]
-        found[method] = {
-            "arm": own[0]["arm"],
+        found[arm.name] = {
+            "method": arm.method,
             "seed": config.sweep.seed,
             "questions": own[0]["score"]["questions"],
             "candidates": tried,
@@ -81,10 +84,11 @@ def told(config: StudyConfig) -> list[str]:
     """What is swept and what is not, in sentences."""
     if config.sweep is None:
         return ["Learning rates are not swept in this study."]
+    count, bits = len(config.sweep.learning_rates), " and ".join(map(str, config.sweep.bits))
     lines = [
-        f"Every swept method tries {len(config.sweep.learning_rates)} candidates, at "
-        f"{config.sweep.bits} bits with seed {config.sweep.seed} only; the best is reused at all "
-        "bits and for all seeds.",
+        f"Every swept method tries {count} candidates, at {bits} bits with seed "
+        f"{config.sweep.seed} only. Arms take the best of the nearest bits (of two as near, of the "
+        "lower), all seeds the same.",
         _weights_told(config),
     ]
     variants = [m for m in config.arms if _is_variant(m)]

@@ -109,7 +109,7 @@ def questions_of(task: Task) -> Questions:
 def _training_data(config: StudyConfig, root: Path, processor_dir: Path) -> Any:
     data, processor = root / "data", models.processor_of(processor_dir)
     if config.benchmark == "drawn":
-        return DrawnQuestions(data / TRAIN, processor)
+        return DrawnQuestions(data / TRAIN, processor, config.label_errors)
     return PackedQuestions(data / TRAIN, processor, data / TEACHER)
 
 

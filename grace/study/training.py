@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -22,6 +23,7 @@ from grace.training.trainer import GraceTrainer
 
 _ROUND = 16  # rows of a batch are padded to a multiple of it
 _LOOK = 10  # steps
+_ERRORS = 0x6C6162656C  # so that the errors' random numbers are no other part's
 
 
 class OutOfTime(Exception):
@@ -34,11 +36,14 @@ class DrawnQuestions(Dataset):
     Args:
         folder: of the pool, drawn.
         processor: of the student.
+        label_errors: share of the yes/no answers that are turned around, always the same ones.
     """
 
-    def __init__(self, folder: Path, processor: Any) -> None:
+    def __init__(self, folder: Path, processor: Any, label_errors: float = 0.0) -> None:
         self.pool = Pool(folder)
         self.tokens, bounds = self.pool.rows()
+        if label_errors:
+            _turn_answers(self.tokens, processor.tokenizer, label_errors, self.pool.spec["seed"])
         self.bounds = bounds.tolist()
         start = prefix(processor, self.pool.spec["pixels"])
         places = range(len(start))
@@ -68,6 +73,17 @@ class DrawnQuestions(Dataset):
             "row_ids": torch.tensor(items),
             **dict(zip(names, sheets.unbind(), strict=True)),
         }
+
+
+def _turn_answers(rows: Tensor, tokenizer: Any, share: float, seed: int) -> None:
+    """Make Yes of some No and No of some Yes, in place, in ids and labels of [4, tokens]."""
+    yes, no = (tokenizer.convert_tokens_to_ids(text) for text in ("Yes", "No"))
+    ids, labels = rows[0], rows[1]
+    places = ((labels == yes) | (labels == no)).nonzero().squeeze(1)
+    drawn = np.random.default_rng([seed, _ERRORS]).random(len(places))
+    turned = places[torch.from_numpy(drawn < share)]
+    ids[turned] = yes + no - ids[turned]
+    labels[turned] = ids[turned]
 
 
 def as_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:

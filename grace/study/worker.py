@@ -233,16 +233,19 @@ def tuned_options(task: Task) -> dict[str, Any]:
     arm = task.arm
     found: dict[str, Any] = {}
     base = METHODS[arm.method].tuned_as
-    chosen = swept_options(task.root) if task.config.sweep is not None else {}
+    sweep = task.config.sweep
+    chosen = swept_options(task.root) if sweep is not None else {}
     for method in filter(None, (base, arm.method)):
         suffix = f"-{arm.bits}" if arm.quantized else ""
-        found |= chosen.get(method, {})
+        if sweep is not None:
+            at = f"-{sweep.bits_for(arm.bits)}" if arm.quantized else ""
+            found |= chosen.get(f"{method}{at}", {})
         found |= task.config.options_of(method, f"{method}{suffix}")
     return found
 
 
 def swept_options(root: Path) -> dict[str, dict[str, Any]]:
-    """The options that the sweep chose for each method; none before it is done."""
+    """The options that the sweep chose, by arm that was swept; none before it is done."""
     path = root / SWEEP
     if not path.is_file():
         return {}

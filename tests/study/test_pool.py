@@ -54,26 +54,23 @@ def test_models_are_made_from_pictures_that_no_arm_sees(pools: Path, tmp_path: P
     assert torch.equal(rows[:, bounds[45] :], made.rows()[0])
 
 
-def test_answers_of_arms_rows_err_as_often_as_told(pools: Path, tmp_path: Path) -> None:
-    config = replace(CONFIG, label_errors=0.25)
-    pool.draw_pool(tmp_path / "p", pool.spec_of(config, "train"))
-    exact, wrong = pool.Pool(pools / "train"), pool.Pool(tmp_path / "p")
-    assert np.array_equal(exact.pixels, wrong.pixels)
-    (one, bounds), (other, same_bounds) = exact.rows(), wrong.rows()
-    assert torch.equal(bounds, same_bounds)
-    tokenizer = make_processor(56).tokenizer
-    yes, no = (tokenizer.convert_tokens_to_ids(text) for text in ("Yes", "No"))
-    ids, labels = one[0], one[1]
+def test_answers_err_as_often_as_told(pools: Path) -> None:
+    processor = make_processor(56)
+    exact = DrawnQuestions(pools / "train", processor).tokens
+    wrong = DrawnQuestions(pools / "train", processor, 0.25).tokens
+    assert torch.equal(wrong, DrawnQuestions(pools / "train", processor, 0.25).tokens)
+    yes, no = (processor.tokenizer.convert_tokens_to_ids(text) for text in ("Yes", "No"))
+    ids, labels = exact[0], exact[1]
     answers = (labels == yes) | (labels == no)
-    turned = ids != other[0]
-    assert torch.equal(turned, one[1] != other[1])
+    turned = ids != wrong[0]
+    assert torch.equal(turned, labels != wrong[1])
+    assert torch.equal(exact[2:], wrong[2:])
     assert not (turned & ~answers).any()
-    assert (ids[turned] + other[0][turned] == yes + no).all()
+    assert (ids[turned] + wrong[0][turned] == yes + no).all()
     count, errors = int(answers.sum()), int(turned.sum())
     assert abs(errors - 0.25 * count) < 4 * (0.25 * 0.75 * count) ** 0.5
-    size = ModelRecipe(16, 32, 2, 2, 16, 1, steps=3)
-    made = replace(config, make=MakeConfig(size, size, images=30))
-    assert "label_errors" not in pool.spec_of(made, pool.MAKING)  # the models' own rows are exact
+    more = DrawnQuestions(pools / "train", processor, 0.4).tokens[0]
+    assert (more[turned] == wrong[0][turned]).all()  # more errors are these and others
 
 
 def _digests(folder: Path) -> set[str]:

@@ -19,13 +19,15 @@ from grace.study.resampling import Resampled
 from grace.study.sections import sections
 
 SWEEP = {
-    "qat": {
+    "qat-4": {
+        "method": "qat",
         "candidates": [{"learning_rate": 1e-4}, {"learning_rate": 1e-3}],
         "totals": [10.0, 20.0],
         "chosen": {"learning_rate": 1e-3},
         "at_edge": True,
     },
-    "kd": {
+    "kd-4": {
+        "method": "kd",
         "candidates": [
             {"learning_rate": 1e-3, "beta_init": 4.0},
             {"learning_rate": 1e-4, "beta_init": 4.0},

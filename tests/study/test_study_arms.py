@@ -123,19 +123,21 @@ def test_a_sweep_tries_weights_of_terms_with_the_same_budget(
         config,
         arms=("student", "distil", "qat", "kd", "grace", "grace-no-rcka"),
         ptq_from=("student",),
-        sweep=SweepConfig((1e-4, 1e-3), {"kd": kd, "grace": grace}),
+        bits=(4, 3, 2),
+        sweep=SweepConfig((1e-4, 1e-3), {"kd": kd, "grace": grace}, bits=(4, 2)),
         tuned={"grace": {"beta_dkd": 0.1}, "grace-4": {"tau": 0.5}},
     )
     tasks = sweep_tasks(every, tmp_path, "cpu", None)
-    assert [task.folder.name for task in tasks[-2:]] == ["grace-4-s0-try0", "grace-4-s0-try1"]
-    assert [task.tried() for task in tasks] == [
-        *grace, {"learning_rate": 1e-4}, {"learning_rate": 1e-3}, *kd, *grace
+    rates = [{"learning_rate": 1e-4}, {"learning_rate": 1e-3}]
+    assert [task.tried() for task in tasks] == [*grace, *rates, *rates, *kd, *kd, *grace, *grace]
+    assert [task.folder.name for task in tasks[-3:]] == [
+        "grace-4-s0-try1", "grace-2-s0-try0", "grace-2-s0-try1"
     ]  # fmt: skip
-    tried = worker.training_config(tasks[-1])
+    tried = worker.training_config(tasks[-3])
     assert (tried.learning_rate, tried.omega, tried.beta_dkd, tried.tau) == (1e-4, 5.0, 0.1, 0.5)
     results = [
         {"score": {"total": total, "questions": 36}, "arm": task.arm.name}
-        for total, task in zip([2, 1, 1, 2, 1, 2, 1, 2], tasks, strict=True)
+        for total, task in zip([2, 1, 1, 2, 1, 2, 1, 2, 1, 2, 1, 2, 2, 1], tasks, strict=True)
     ]
     (tmp_path / "sweep.json").write_text(json.dumps(choose(every, results)))
     made = {
@@ -146,6 +148,8 @@ def test_a_sweep_tries_weights_of_terms_with_the_same_budget(
     assert (made["kd-4"].beta_init, made["kd-4"].learning_rate) == (4.0, 1e-3)
     assert (made["grace-4"].omega, made["grace-4"].learning_rate) == (5.0, 1e-4)
     assert (made["distil"].omega, made["distil"].learning_rate) == (1.0, 1e-3)
+    assert [made[f"grace-{bits}"].omega for bits in (4, 3, 2)] == [5.0, 1.0, 1.0]
+    assert [made[f"grace-{bits}"].tau for bits in (4, 3)] == [0.5, 0.35]
     variant = made["grace-no-rcka-4"]
     assert (variant.omega, variant.learning_rate, variant.beta_dkd) == (0.0, 1e-4, 0.1)
     said = " ".join(told(every))
@@ -166,9 +170,9 @@ def test_a_sweep_runs_before_the_arms(done: Path, config: StudyConfig, tmp_path:
         (tmp_path / "data" / split).symlink_to(done / "data" / split)
     (tmp_path / "models").symlink_to(done / "models")
     study = run_study(swept, tmp_path)
-    assert study["sweep"].keys() == {"qat"}
+    assert study["sweep"].keys() == {"qat-4"}
     arm = study["arms"][-1]
-    assert arm["learning_rate"] == study["sweep"]["qat"]["chosen"]["learning_rate"]
+    assert arm["learning_rate"] == study["sweep"]["qat-4"]["chosen"]["learning_rate"]
     tried = json.loads(next(tmp_path.glob("sweep/*try1/result.json")).read_text())
     assert (tried["split"], tried["deployed"]) == ("validation", False)
     folder = tmp_path / "data" / "validation"
