@@ -12,7 +12,7 @@ from typing import Any
 
 from grace.study.answers import PAPER_R, EntropyError
 from grace.study.arms import FULL
-from grace.study.candidates import RATE, by_weights
+from grace.study.candidates import RATE, by_weights, named
 from grace.study.charts import title
 from grace.study.claims import SOURCE, Claim, signed
 from grace.study.comparisons import Comparison, counterpart
@@ -194,8 +194,8 @@ def _sweep(study: Study) -> Section | None:
     rows = []
     for name, found in sweep.items():
         for weights, totals in by_weights(found).items():
-            best = max(found["totals"]) in totals.values()
             edge = " (at the edge)" if found["at_edge"] else ""
+            best = weights == named(found["chosen"], found["candidates"])
             chosen = f"{found['chosen'][RATE]:g}{edge}" if best else ""
             cells = [f"{totals[rate]:.0f}" if rate in totals else "" for rate in rates]
             rows.append([name, weights, *cells, chosen])
