@@ -93,9 +93,9 @@ def test_splits_share_no_image_and_no_question(pools: Path) -> None:
 
 
 def _names_a_fact(fact: dict[str, Any]) -> bool:
-    """Questions that name the composition they are about; those about sums and programs name a
-    result, of which there are few."""
-    return fact["subtask"] not in ("numerical_calculation", "code_reasoning")
+    """Questions about what may be held out; landscapes and results, of which there are few, are
+    not."""
+    return fact["subtask"] not in ("scene", "numerical_calculation", "code_reasoning")
 
 
 def test_a_scored_pool_is_made_of_twins(pools: Path) -> None:
