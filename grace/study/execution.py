@@ -185,7 +185,11 @@ class Part:
 def _follow(
     executor: ProcessPoolExecutor, futures: Mapping[Future[_T], Part], progress: Progress
 ) -> dict[Future[_T], _T]:
-    """Results of all, in their order; what raises ends the others."""
+    """Results of all, in their order; what fails keeps no other from its end.
+
+    Raises:
+        RuntimeError: some failed, when all others are done.
+    """
     for part in futures.values():
         progress.start(part.name, part.steps)
     left = set(futures)
@@ -193,13 +197,19 @@ def _follow(
         while left:
             done, left = wait(left, timeout=0.5, return_when=FIRST_COMPLETED)
             for future in done:
-                future.result()
                 progress.finish(futures[future].name)
             for future in left:
                 progress.advance(futures[future].name, _last_step(futures[future].metrics))
     except BaseException:
         executor.shutdown(wait=False, cancel_futures=True)
         raise
+    failed = {part.name: error for f, part in futures.items() if (error := f.exception())}
+    if failed:
+        first = next(iter(failed.values()))
+        raise RuntimeError(
+            f"study: {', '.join(failed)} failed, what else was to run is done; the first: "
+            f"{type(first).__name__}: {first}"
+        ) from first
     return {future: future.result() for future in futures}
 
 

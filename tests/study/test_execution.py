@@ -95,3 +95,24 @@ def test_a_process_that_sees_more_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 
     with pytest.raises(RuntimeError, match=r"a process must see one GPU, got 2"):
         execution._begin(Places())
+
+
+def _fail_or_write(path: str) -> str:
+    if "bad" in path:
+        raise ValueError("x must be y, got z")
+    Path(path).write_text("done")
+    return path
+
+
+def test_what_fails_keeps_no_other_from_its_end(tmp_path: Path) -> None:
+    names = ["bad-1", "good", "bad-2"]
+    with execution.worker_pool(1) as executor:
+        futures = {
+            executor.submit(_fail_or_write, str(tmp_path / name)): execution.Part(
+                name, 1, tmp_path / "none"
+            )
+            for name in names
+        }
+        with pytest.raises(RuntimeError, match=r"bad-1, bad-2 failed.*ValueError: x must be y"):
+            execution._follow(executor, futures, execution.Progress())
+    assert (tmp_path / "good").read_text() == "done"
