@@ -1,4 +1,5 @@
-"""Charts of a study, drawn from study.json alone: scores by arm and subtask, training curves."""
+"""How charts of a study look: one color a method, one panel a number of bits, the same bytes each
+time."""
 
 from __future__ import annotations
 
@@ -7,52 +8,43 @@ from pathlib import Path
 from typing import Any
 
 from grace.study.arms import FULL
-from grace.training.plots import plot_curves
 
+Arm = Mapping[str, Any]
 Charts = Iterable[tuple[str, Callable[[Path], Any]]]
 _COLORS = {
     "teacher": "#7f7f7f",
     "student": "#8fb8de",
     "control": "#3a7abf",
+    "distil": "#1f5f5b",
     "rtn": "#c9a227",
+    "gptq": "#8a6d1a",
+    "awq": "#e0b84c",
     "qat": "#d9822b",
     "kd": "#b5496a",
     "grace": "#2e8b57",
-    "distil": "#1f5f5b",
-    "gptq": "#8a6d1a",
-    "awq": "#e0b84c",
+    "grace-no-gate": "#8fce00",
+    "grace-no-rcka": "#29b6c5",
+    "grace-fixed-beta": "#9a7fd1",
+    "grace-per-channel": "#6b7a3a",
 }
 
 
-def draw_charts(
-    study: Mapping[str, Any], folder: Path, more: Charts = (), suffix: str = "png"
-) -> dict[str, Path]:
-    """Write `scores`, `subtasks`, `curves` where anything trained, and `more` charts.
+def draw_charts(charts: Charts, folder: Path, suffix: str = "png") -> dict[str, Path]:
+    """Write charts into a folder, `<name>.<suffix>`, and return their paths by name.
 
     Args:
-        study: study.json.
-        folder: where they go, `<name>.<suffix>`.
-        more: (name, function of a path), as of `grace.study.plots`.
+        charts: (name, function that draws into a path).
+        folder: where they go.
         suffix: png or svg.
-
-    Returns:
-        Paths by name.
     """
     import matplotlib
 
-    arms, curves = study["arms"], _named_curves(study)
-    charts: list[tuple[str, Callable[[Path], Any]]] = [
-        ("scores", lambda path: _scores(arms, path)),
-        ("subtasks", lambda path: _subtasks(arms, path)),
-        *more,
-    ]
-    if any(curves.values()):
-        draw = lambda path: plot_curves(curves, path, styles=_styles(arms))  # noqa: E731
-        charts.append(("curves", draw))
+    paths = {}
     with matplotlib.rc_context({"svg.hashsalt": "grace"}):  # the same bytes every time
         for name, draw in charts:
-            draw(folder / f"{name}.{suffix}")
-    return {name: folder / f"{name}.{suffix}" for name, _ in charts}
+            paths[name] = folder / f"{name}.{suffix}"
+            draw(paths[name])
+    return paths
 
 
 def save(figure: Any, path: Path) -> None:
@@ -70,64 +62,52 @@ def color_of(method: str) -> str:
     return _COLORS.get(method) or _COLORS.get(method.split("-")[0], "#555555")
 
 
-def _named_curves(study: Mapping[str, Any]) -> dict[str, Sequence[Mapping[str, Any]]]:
-    titles = {arm["name"]: title(arm) for arm in study["arms"]}
-    return {titles[name]: rows for name, rows in study["curves"].items()}
+def line_of(arm: Arm) -> str:
+    """Dotted where an arm starts from the student trained on."""
+    return "-" if arm.get("start", "student") == "student" else ":"
 
 
-def _styles(arms: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, str]]:
-    """A method has a color, and its lowest number of bits a dashed line."""
-    low = [arm["bits"] for arm in arms if arm["bits"] != FULL]
-    lowest = min(low) if len(set(low)) > 1 else None
-    return {
-        title(arm): {
-            "color": color_of(arm["method"]),
-            "linestyle": "--" if arm["bits"] == lowest else "-",
-        }
-        for arm in arms
-    }
+def bits_label(bits: int) -> str:
+    """A number of bits, for an axis or above a panel."""
+    return "none quantized" if bits == FULL else f"{bits} bits"
 
 
-def _scores(arms: Sequence[Mapping[str, Any]], path: Path) -> Path:
-    """Total score of every arm with its standard error."""
+def by_bits(arms: Sequence[Arm]) -> dict[int, list[Arm]]:
+    """Quantized arms by their bits, from many to few."""
+    low = sorted({arm["bits"] for arm in arms if arm["bits"] != FULL}, reverse=True)
+    return {bits: [arm for arm in arms if arm["bits"] == bits] for bits in low}
+
+
+def grid(count: int, *, width: float, height: float, columns: int = 2) -> tuple[Any, list[Any]]:
+    """A figure of `count` panels, each so many inches wide and high, and their axes in order."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 0.42 * len(arms) + 1), dpi=110, layout="constrained")
-    axes = figure.add_subplot()
-    places = list(range(len(arms)))[::-1]
-    axes.barh(
-        places,
-        [arm["total"] for arm in arms],
-        xerr=[arm["total_error"] for arm in arms],
-        color=[color_of(arm["method"]) for arm in arms],
-        height=0.7,
-        capsize=3,
-    )
-    axes.set_yticks(places, [title(arm) for arm in arms], fontsize=9)
-    for place, arm in zip(places, arms, strict=True):
-        axes.annotate(f" {arm['total']:.0f}", (0, place), va="center", color="white", fontsize=8)
-    axes.set_xlabel("perception + cognition (bars: standard error over images)", fontsize=9)
-    axes.grid(axis="x", alpha=0.25)
-    save(figure, path)
-    return path
+    columns = min(columns, count)
+    lines = -(-count // columns)
+    size = (width * columns, height * lines)
+    figure = Figure(figsize=size, dpi=110, layout="constrained")
+    made = figure.subplots(lines, columns, squeeze=False).ravel().tolist()
+    for axes in made:
+        axes.grid(alpha=0.25)
+        axes.tick_params(labelsize=8)
+    for axes in made[count:]:
+        axes.remove()
+    return figure, made[:count]
 
 
-def _subtasks(arms: Sequence[Mapping[str, Any]], path: Path) -> Path:
-    """Score of every arm in every subtask."""
-    from matplotlib.figure import Figure
+def error_bars(intervals: Sequence[Any]) -> list[list[float]]:
+    """Error bars of intervals, below and above their values."""
+    return [
+        [max(0.0, i.value - i.low) for i in intervals],
+        [max(0.0, i.high - i.value) for i in intervals],
+    ]
 
-    names = list(arms[0]["subtasks"])
-    figure = Figure(figsize=(7, 0.42 * len(arms) + 1.4), dpi=110, layout="constrained")
-    axes = figure.add_subplot()
-    table = [[arm["subtasks"][name] for name in names] for arm in arms]
-    axes.imshow(table, vmin=0, vmax=200, cmap="viridis", aspect="auto")
-    axes.set_xticks(range(len(names)), names, fontsize=8, rotation=20, ha="right")
-    axes.set_yticks(range(len(arms)), [title(arm) for arm in arms], fontsize=8)
-    for row, values in enumerate(table):
-        for column, value in enumerate(values):
-            color = "white" if value < 120 else "black"
-            axes.text(
-                column, row, f"{value:.0f}", ha="center", va="center", color=color, fontsize=8
-            )
-    save(figure, path)
-    return path
+
+def log_axis(axes: Any) -> None:
+    """A logarithmic x axis with plain numbers on it."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())

@@ -15,7 +15,7 @@ from grace.study.charts import draw_charts, title
 from grace.study.claims import ABSENT, FAILS, HOLDS, claims
 from grace.study.comparisons import ABOVE, BELOW, UNSEPARATED, compare
 from grace.study.gather import FORMAT, VERSION
-from grace.study.plots import further_charts
+from grace.study.plots import charts_of
 from grace.study.resampling import Resampled
 from grace.study.sections import Findings, Section, sections, titles_of
 
@@ -71,11 +71,11 @@ def write_report(path: Path, *, svg: bool = False) -> list[Path]:
     study = read_study(path)
     folder = path if path.is_dir() else path.parent
     found = findings(study, read_answers(folder))
-    further = further_charts(study, found.resampled, found.entropy)
-    charts = draw_charts(study, folder, further)
+    wanted = charts_of(study, found.resampled, found.comparisons, found.entropy)
+    charts = draw_charts(wanted, folder)
     drawn = list(charts.values())
     if svg:
-        drawn += draw_charts(study, folder, further, "svg").values()
+        drawn += draw_charts(wanted, folder, "svg").values()
     markdown, html = folder / "report.md", folder / "report.html"
     made = sections(study, found)
     markdown.write_text(to_markdown(study, made, charts))

@@ -16,7 +16,7 @@ from grace.study.candidates import RATE, by_weights, named
 from grace.study.charts import title
 from grace.study.claims import SOURCE, Claim, signed
 from grace.study.comparisons import Comparison, counterpart
-from grace.study.plots import alignments
+from grace.study.dots import alignments
 from grace.study.resampling import DRAWS, Interval, Resampled
 
 Study = Mapping[str, Any]
@@ -139,7 +139,7 @@ def _differences(study: Study, comparisons: Sequence[Comparison]) -> Section | N
         "together. Above 0.05 by Holm the benchmark does not separate the two."
     ]
     header = ["difference", "points", "p", "p by Holm", "verdict"]
-    return Section("Paired differences", [Table(header, rows)], notes)
+    return Section("Paired differences", [Table(header, rows)], notes, ["differences"])
 
 
 def _claims(claims: Sequence[Claim]) -> Section:

@@ -19,7 +19,7 @@ ARMS = [
     *("rtn-2", "qat-2", "kd-2", "grace-2"),
 ]
 
-CHARTS = ("scores", "subtasks", "bits", "sizes", "beta", "cka")
+CHARTS = ("scores", "subtasks", "bits", "sizes", "differences", "beta", "cka")
 
 
 def _quickstart(out: Path, models: Path, *options: str) -> int:

@@ -175,7 +175,8 @@ def run(whole: dict, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 def test_the_report_holds_everything_and_stands_alone(run: list[Path]) -> None:
     files, folder = run, run[0].parent
-    charts = {"scores", "subtasks", "bits", "sizes", "curves", "beta", "entropy", "cka", "sweep"}
+    charts = {"scores", "subtasks", "bits", "sizes", "differences", "curves", "beta", "entropy"}
+    charts |= {"cka", "sweep"}
     assert {file.stem for file in files if file.suffix == ".png"} == charts
     assert {file.stem for file in files if file.suffix == ".svg"} == charts
     html = (folder / "report.html").read_text()
@@ -255,3 +256,30 @@ def test_a_questions_file_that_is_none(whole: dict, tmp_path: Path) -> None:
     (tmp_path / "questions.npz").write_text("dear")
     with pytest.raises(ValueError, match=r"questions.npz must hold arrays"):
         write_report(tmp_path)
+
+
+def test_charts_of_many_arms_have_a_panel_a_number_of_bits(tmp_path: Path) -> None:
+    """What 8, 4, 3 and 2 bits need is drawn at a size that shows it."""
+    from PIL import Image
+
+    few = make_arms()
+    low = [arm for arm in few if arm["bits"] != 32]
+    more = [
+        {**arm, "name": arm["name"].replace("-4", f"-{bits}"), "bits": bits}
+        for bits in (3, 2)
+        for arm in low
+        if arm["bits"] == 4
+    ]
+    sizes = {}
+    for name, arms in (("few", few), ("many", [*few, *more])):
+        curve = [{"step": step, "ce": 1 / step, "rcka": 0.1} for step in (1, 2)]
+        curves = {arm["name"]: curve for arm in arms if arm["trained"]}
+        write(tmp_path / name, studies.study(arms, curves=curves))
+        for chart in ("scores", "differences", "curves"):
+            with Image.open(tmp_path / name / f"{chart}.png") as image:
+                sizes[name, chart] = image.size
+    for chart in ("scores", "differences"):
+        assert sizes["many", chart][0] == 2 * sizes["few", chart][0], chart  # two beside each other
+        assert sizes["many", chart][1] == 2 * sizes["few", chart][1], chart
+    # A line of panels for what is not quantized and for each number of bits.
+    assert sizes["many", "curves"][1] * 2 == sizes["few", "curves"][1] * 4
