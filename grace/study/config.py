@@ -180,6 +180,8 @@ class StudyConfig:
         make: how teacher and student are made; None: they are there.
         calibration_images: training images that GPTQ and AWQ look at.
         cka_images: held-out images on whose visual tokens student and teacher are compared.
+        keep_teacher: run the teacher once over the drawn training images and keep its hidden states
+            in data/teacher, instead of in every arm; the files are larger than the pictures.
         batch_size: questions that are answered at once.
         save_steps: steps between checkpoints within an arm, 0: an interrupted arm begins anew.
         least_agreement: of a packed model's answers with the fake-quantized one's.
@@ -215,6 +217,7 @@ class StudyConfig:
     make: MakeConfig | None = None
     calibration_images: int = 128
     cka_images: int = 64
+    keep_teacher: bool = False
     batch_size: int = 128
     save_steps: int = 0
     least_agreement: float = 0.995

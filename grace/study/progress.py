@@ -66,4 +66,4 @@ class TerminalProgress(StudyProgress):
             self.bars.remove_task(self.parts.pop(name))
 
 
-_PREPARATION = ("draw", "teacher", "student")  # not counted in training steps
+_PREPARATION = ("draw", "look", "teacher", "student")  # not counted in training steps

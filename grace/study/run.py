@@ -15,14 +15,14 @@ from typing import Any
 import torch
 
 from grace.checkpoint import Checkpoint
-from grace.study import models, pool, worker
+from grace.study import models, pool, teacher_states, worker
 from grace.study.arms import CALIBRATED, Arm, arms_of
 from grace.study.config import StudyConfig, differences
 from grace.study.data import TEACHER, TRAIN, PackedQuestions, cache_teacher, draw
 from grace.study.execution import Progress, cores, length, make_models, run_tasks
 from grace.study.gather import gather
 from grace.study.sweeping import choose, sweep_tasks
-from grace.study.task import METRICS, SWEEP, Task, finished
+from grace.study.task import METRICS, STATES, SWEEP, Task, finished, states_of, training_data
 from grace.study.training import OutOfTime
 from grace.training.files import write_whole
 
@@ -148,14 +148,16 @@ def _stages(
     progress: Progress,
     swept: bool,
 ) -> None:
-    """What comes before the arms, in order; the sweep only where rates are needed."""
+    """What comes before the arms, in order; the sweep, and the teacher's look at drawn rows, only
+    where something trains."""
     draw_data(config, root, progress)
     if stop_behind == "data":
         return
     make_models(config, root, device, until, progress)
     if stop_behind == "models":
         return
-    _look_once(config, root, device, progress)
+    if swept or config.benchmark == "synthetic":
+        _look_once(config, root, device, progress)
     if swept and config.sweep is not None and not (root / SWEEP).is_file():
         tried = sweep_tasks(config, root, device, until)
         results = run_tasks(tried, progress)
@@ -192,27 +194,35 @@ def draw_data(config: StudyConfig, root: Path, progress: Progress) -> None:
 
 
 def _look_once(config: StudyConfig, root: Path, device: str, progress: Progress) -> None:
-    """Cache what the teacher says of the synthetic benchmark's rows; those of the drawn one are
-    too many to keep, it looks at them in every arm."""
+    """Keep what the teacher says of the synthetic benchmark's rows, and of the drawn one's where
+    `keep_teacher` wants it; else it looks at those in every arm."""
     data = root / "data"
     mark = data / "fingerprint"
-    if config.benchmark != "synthetic" or mark.is_file():
-        return
-    progress.start("teacher", config.train_images)
     task = Task(Arm("grace", config.bits[0]), 0, config, root, device)
-    dataset = PackedQuestions(data / TRAIN, task.processor)
+    if config.benchmark == "drawn":
+        if not config.keep_teacher or teacher_states.are_kept(data / STATES, states_of(task)):
+            return
+    elif mark.is_file():
+        return
+    progress.start("look", config.train_images)
     done = 0
 
     def advance(images: int) -> None:
         nonlocal done
         done += images
-        progress.advance("teacher", done)
+        progress.advance("look", done)
 
-    teacher = models.load(task.model_dir("teacher"), device)
     options = worker.training_config(task)
-    cache_teacher(teacher, dataset, data / TEACHER, options, advance=advance)
-    progress.finish("teacher")
-    mark.write_text(config.data_fingerprint())
+    if config.benchmark == "drawn":
+        model = models.load(task.model_dir("teacher"), device, worker.teacher_dtype(options))
+        rows, of = training_data(task), states_of(task)
+        teacher_states.keep(model, rows, data / STATES, options, of, advance=advance)
+    else:
+        model = models.load(task.model_dir("teacher"), device)
+        dataset = PackedQuestions(data / TRAIN, task.processor)
+        cache_teacher(model, dataset, data / TEACHER, options, advance=advance)
+        mark.write_text(config.data_fingerprint())
+    progress.finish("look")
 
 
 def conclude(

@@ -8,15 +8,17 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from grace.study import models, questions
+from grace.study import models, questions, teacher_states
 from grace.study.arms import METHODS, Arm
 from grace.study.config import StudyConfig
 from grace.study.data import HELDOUT, TEACHER, TRAIN, PackedQuestions
+from grace.study.pool import DONE
 from grace.study.questions import Questions
 from grace.study.training import DrawnQuestions
 
 RESULT, METRICS, ANSWERS, TRAINED = "result.json", "metrics.jsonl", "answers.npz", "trained"
 SWEEP = "sweep.json"
+STATES = "teacher"  # folder of the teacher's, under data
 
 
 @dataclass(frozen=True)
@@ -116,3 +118,19 @@ def _training_data(config: StudyConfig, root: Path, processor_dir: Path) -> Any:
 def training_data(task: Task) -> Any:
     """Training rows (the synthetic benchmark's with the teacher's), read once a process."""
     return _training_data(task.config, task.root, task.model_dir("student"))
+
+
+def states_of(task: Task) -> dict[str, Any]:
+    """What the teacher's states of the drawn training rows depend on."""
+    spec = json.loads((task.root / "data" / TRAIN / DONE).read_text())
+    errors = task.config.label_errors
+    return {"rows": spec, "label_errors": errors, "teacher": weights_of(task)["teacher"]}
+
+
+def told(task: Task) -> Any:
+    """`training_data` with what the teacher says of it, where that is kept."""
+    data = training_data(task)
+    folder = task.root / "data" / STATES
+    if task.config.keep_teacher and teacher_states.are_kept(folder, states_of(task)):
+        return teacher_states.WithStates(data, teacher_states.TeacherStates(folder))
+    return data

@@ -21,7 +21,7 @@ from torch import nn
 from grace.study import models
 from grace.study.arms import CALIBRATED, METHODS, Arm
 from grace.study.scoring import RCKA_LAYER, alignment, deployed_bytes, score
-from grace.study.task import RESULT, SWEEP, TRAINED, Task, training_data, weights_of
+from grace.study.task import RESULT, SWEEP, TRAINED, Task, told, training_data, weights_of
 from grace.study.training import OutOfTime, as_inputs, remove_checkpoints, train
 from grace.training.config import GraceConfig
 from grace.training.files import publish, write_whole
@@ -252,12 +252,16 @@ def swept_options(root: Path) -> dict[str, dict[str, Any]]:
     return {name: found["chosen"] for name, found in json.loads(path.read_text()).items()}
 
 
+def teacher_dtype(config: GraceConfig) -> torch.dtype:
+    """What the teacher computes in."""
+    return torch.bfloat16 if config.bf16 else torch.float32
+
+
 def _train(task: Task, model: nn.Module) -> int:
     config = training_config(task)
     teacher = None
     if config.needs_teacher:
-        dtype = torch.bfloat16 if config.bf16 else torch.float32
-        teacher = models.load(task.model_dir("teacher"), task.device, dtype)
-    data = training_data(task)
+        teacher = models.load(task.model_dir("teacher"), task.device, teacher_dtype(config))
+    data = told(task) if teacher is not None else training_data(task)
     with models.compiled_layers(model, teacher, enabled=task.device == "cuda"):
         return train(model, config, data, task.processor, teacher=teacher, until=task.until)
