@@ -26,7 +26,7 @@ from grace.study.arms import METHODS, Arm, arms_of
 from grace.study.config import StudyConfig
 from grace.study.questions import Questions
 from grace.study.statistics import paired_difference, subtask_errors, total_error
-from grace.study.sweeping import told
+from grace.study.sweep import told
 from grace.study.task import ANSWERS, METRICS, SWEEP, Task, questions_of
 from grace.training.callbacks import read_metrics
 
@@ -45,7 +45,7 @@ def gather(
     (in order, see `_arm`), `differences` (paired, of every arm to the control and to the methods
     before it at its bits), `examples` (images with every arm's answer; `example` is the first),
     `curves` (rows of metrics.jsonl by arm, of its first seed), `betas` (by arm and seed, [step,
-    β]), `sweep` (by method, `grace.study.sweeping.choose`), `not_swept` (sentences), `models`,
+    β]), `sweep` (by arm, `grace.study.sweep.choose`), `not_swept` (sentences), `models`,
     `teacher_entropy`.
     """
     write_questions(root, questions_of(next(iter(done))), list(done))

@@ -127,7 +127,7 @@ def footnotes(study: Mapping[str, Any]) -> list[str]:
         + (
             "each method's options were swept, see below."
             if study.get("sweep")
-            else "how each method was tuned stands in studies/quickstart/sweep.md."
+            else "how each method was tuned stands in studies/quickstart/tuning/report.md."
         )
         + (" One seed: the spread between seeds is not known." if seeds == 1 else ""),
         *_label_errors(config),

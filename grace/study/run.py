@@ -21,7 +21,7 @@ from grace.study.config import StudyConfig, differences
 from grace.study.data import TEACHER, TRAIN, PackedQuestions, cache_teacher, draw
 from grace.study.execution import Progress, cores, length, make_models, run_tasks
 from grace.study.gather import gather
-from grace.study.sweeping import choose, sweep_tasks
+from grace.study.sweep import choose, sweep_tasks
 from grace.study.task import METRICS, STATES, SWEEP, Task, finished, states_of, training_data
 from grace.study.training import OutOfTime
 from grace.training.files import write_whole

@@ -1,109 +1,117 @@
-"""Tune the trained methods: six candidates each, scored on the validation split.
+"""Tuning: each trained method tries as many candidates, once, on the validation split.
 
-    python -m grace.study.sweep OUT
-
-Every method gets the same number of candidates, steps and seeds: learning rates for those that have
-nothing else, learning rates and weights of their terms for those that have. The benchmark is drawn
-from another seed and split than any that is reported.
+A candidate is the arm itself with other options of training, at a few numbers of bits and with one
+seed; those with the highest total score are taken for the bits nearest to these and for all seeds.
+sweep.json records every candidate, and what was not swept.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from grace.study.arms import Arm, quickstart_arms
-from grace.study.config import SCALES, SMALL_BETA, StudyConfig
-from grace.study.progress import TerminalProgress
-from grace.study.run import run_study, units
-
-_SEED = 1000
-_RATES = [{"learning_rate": rate} for rate in (3e-4, 5e-4, 1e-3, 1.5e-3, 2e-3, 3e-3)]
-CANDIDATES: dict[str, list[dict[str, Any]]] = {
-    "control": _RATES,
-    "qat": _RATES,
-    "kd": [
-        {"learning_rate": rate, "beta_init": beta}
-        for rate in (5e-4, 1e-3, 2e-3)
-        for beta in (0.5, 1.0)
-    ],
-    "grace": [
-        {"learning_rate": rate, "omega": omega, **SMALL_BETA}
-        for rate in (5e-4, 1e-3, 2e-3)
-        for omega in (0.3, 1.0)
-    ],
-}
-_BUDGET = 6
+from grace.study.arms import FULL, METHODS, Arm
+from grace.study.candidates import RATE
+from grace.study.config import StudyConfig
+from grace.study.task import Task
 
 
-def sweep(config: StudyConfig, out: Path) -> dict[str, list[float]]:
-    """Total validation score of every trained arm's candidates, in order; resumable.
+def swept_methods(config: StudyConfig) -> list[str]:
+    """Trained methods of the study that are swept themselves."""
+    assert config.sweep is not None
+    trained = [name for name in config.arms if METHODS[name].options is not None]
+    # GRACE without quantization is a method of its own and no variant of the quantized one.
+    return [m for m in trained if config.sweep.ablations or not _is_variant(m)]
+
+
+def _is_variant(method: str) -> bool:
+    return METHODS[method].tuned_as is not None and METHODS[method].quantized
+
+
+def swept_arms(config: StudyConfig) -> list[Arm]:
+    """What is swept: methods that are not quantized, and the others at each of the sweep's bits."""
+    assert config.sweep is not None
+    return [
+        Arm(method, bits)
+        for method in swept_methods(config)
+        for bits in (config.sweep.bits if METHODS[method].quantized else (FULL,))
+    ]
+
+
+def sweep_tasks(config: StudyConfig, root: Path, device: str, until: float | None) -> list[Task]:
+    """Every candidate of everything swept."""
+    assert config.sweep is not None
+    seed, count = config.sweep.seed, len(config.sweep.learning_rates)
+    return [
+        Task(arm, seed, config, root, device, number, until)
+        for arm in swept_arms(config)
+        for number in range(count)
+    ]
+
+
+def choose(config: StudyConfig, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """For everything swept the candidate with the highest validation score (the first of two
+    alike), by the arm's name.
 
     Args:
-        config: what is swept; its options, split and seed are replaced.
-        out: directory with one study a candidate.
+        config: the study.
+        results: of all of `sweep_tasks`, in their order.
     """
-    arms = _arms(config)
-    totals: dict[str, list[float]] = {arm.name: [] for arm in arms}
-    for number in range(_BUDGET):
-        tuned = {method: candidates[number] for method, candidates in CANDIDATES.items()}
-        tried = replace(config, tuned=tuned, split="validation", seed=_SEED, arms=tuple(CANDIDATES))
-        folder = out / f"candidate-{number}"
-        _share_data(folder, out / "candidate-0")
-        with TerminalProgress(units(tried)) as progress:
-            study = run_study(tried, folder, progress=progress)
-        for arm in study["arms"]:
-            totals[arm["name"]].append(arm["total"])
-    return totals
+    assert config.sweep is not None
+    count = len(config.sweep.learning_rates)
+    found: dict[str, Any] = {}
+    for number, arm in enumerate(swept_arms(config)):
+        own = results[number * count : (number + 1) * count]
+        tried = config.sweep.of(arm.method, METHODS[arm.method].tuned_as)
+        totals = [result["score"]["total"] for result in own]
+        chosen = tried[totals.index(max(totals))]
+        rates = [each[RATE] for each in tried]
+        found[arm.name] = {
+            "method": arm.method,
+            "seed": config.sweep.seed,
+            "questions": own[0]["score"]["questions"],
+            "candidates": tried,
+            "totals": totals,
+            "chosen": chosen,
+            # The best may lie beyond what was tried.
+            "at_edge": chosen[RATE] in (min(rates), max(rates)),
+        }
+    return found
 
 
-def _arms(config: StudyConfig) -> list[Arm]:
-    return [arm for arm in quickstart_arms(config.bits) if arm.trained]
+def told(config: StudyConfig) -> list[str]:
+    """What is swept and what is not, in sentences."""
+    if config.sweep is None:
+        return ["Learning rates are not swept in this study."]
+    count, bits = len(config.sweep.learning_rates), " and ".join(map(str, config.sweep.bits))
+    lines = [
+        f"Every swept method tries {count} candidates, at {bits} bits with seed "
+        f"{config.sweep.seed} only. Arms take the best of the nearest bits (of two as near, of the "
+        "lower), all seeds the same.",
+        _weights_told(config),
+    ]
+    variants = [m for m in config.arms if _is_variant(m)]
+    if variants and not config.sweep.ablations:
+        lines.append(f"{', '.join(variants)} take the options of grace.")
+    return lines
 
 
-def _share_data(folder: Path, first: Path) -> None:
-    """Candidates train and score on the same data: it is drawn once."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if folder != first and not (folder / "data").exists():
-        (folder / "data").symlink_to((first / "data").resolve())
-
-
-def to_markdown(totals: Mapping[str, list[float]], arms: list[Arm]) -> str:
-    """Every arm's candidates and scores as a table, the best in bold."""
-    lines = ["| arm | " + " | ".join(f"{n + 1}" for n in range(_BUDGET)) + " |"]
-    lines.append("|---" * (_BUDGET + 1) + "|")
-    for arm in arms:
-        scores = totals[arm.name]
-        cells = (f"**{s:.0f}**" if s == max(scores) else f"{s:.0f}" for s in scores)
-        lines.append(f"| {arm.name} | " + " | ".join(cells) + " |")
-    lines.append("")
-    for method, candidates in CANDIDATES.items():
-        told = "; ".join(_differences(candidate, candidates) for candidate in candidates)
-        lines.append(f"- {method}: {told}")
-    return "\n".join(lines)
-
-
-def _differences(candidate: Mapping[str, Any], candidates: list[dict[str, Any]]) -> str:
-    """The options of a candidate that not all candidates share."""
-    own = (key for key in candidate if len({str(other[key]) for other in candidates}) > 1)
-    return ", ".join(f"{key} {candidate[key]:g}" for key in own)
-
-
-def main() -> None:
-    """The command line; see the module."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=SCALES["default"].steps)
-    parser.add_argument("--models", help="folder with teacher/ and student/")
-    arguments = parser.parse_args()
-    config = replace(SCALES["default"], seeds=(0,), steps=arguments.steps, models=arguments.models)
-    table = to_markdown(sweep(config, arguments.out), _arms(config))
-    (arguments.out / "sweep.md").write_text(table + "\n")
-    print(table)
-
-
-if __name__ == "__main__":
-    main()
+def _weights_told(config: StudyConfig) -> str:
+    assert config.sweep is not None
+    swept = []
+    for method in swept_methods(config):
+        tried = config.sweep.of(method, METHODS[method].tuned_as)
+        names = dict.fromkeys(name for each in tried for name in each if name != RATE)
+        if names:
+            swept.append(f"{method}: {', '.join(names)}")
+    if not swept:
+        return (
+            "Nothing but learning rates is swept: temperature, weights of the terms, the "
+            "controller, the ratio of scales' learning rate, warm-up and weight decay are the same "
+            "for all methods that have them."
+        )
+    return (
+        f"Beside learning rates, {'; '.join(swept)}. Nothing else is swept: temperature, the ratio "
+        "of scales' learning rate, warm-up and weight decay are the same for all methods."
+    )

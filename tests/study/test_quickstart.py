@@ -11,8 +11,10 @@ import pytest
 from safetensors import safe_open
 
 from grace.cli import main
+from grace.study.config import SCALES
 from grace.study.report import read_study, write_report
 from grace.training.callbacks import read_metrics
+from grace.training.config import GraceConfig
 
 ARMS = [
     *("teacher", "student", "control", "rtn-4", "qat-4", "kd-4", "grace-4"),
@@ -148,3 +150,14 @@ def test_bad_input_is_one_line_and_writes_nothing(
     assert len(told) == 1
     assert message in told[0]
     assert not out.exists()
+
+
+def test_options_are_those_that_tuning_chose() -> None:
+    folder = Path(__file__).parents[2] / "studies" / "quickstart" / "tuning"
+    swept = json.loads((folder / "study.json").read_text())["sweep"]
+    assert swept.keys() == {"control", "qat-4", "qat-2", "kd-4", "kd-2", "grace-4", "grace-2"}
+    config = SCALES["default"]
+    defaults = {"learning_rate": config.learning_rate, "beta_init": GraceConfig.beta_init}
+    for arm, found in swept.items():
+        options = {**defaults, **config.options_of(found["method"], arm)}
+        assert found["chosen"].items() <= options.items(), arm

@@ -15,7 +15,7 @@ from grace.study.arms import METHODS, Arm, arms_of
 from grace.study.config import StudyConfig, SweepConfig
 from grace.study.models import load, processor_of
 from grace.study.run import run_study
-from grace.study.sweeping import choose, sweep_tasks, told
+from grace.study.sweep import choose, sweep_tasks, told
 from grace.study.task import Task
 
 
