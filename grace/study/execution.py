@@ -30,6 +30,18 @@ _VISIBLE = "CUDA_VISIBLE_DEVICES"
 _T = TypeVar("_T")
 
 
+class Failed(RuntimeError):
+    """Some parts failed; all others are done."""
+
+    def __init__(self, errors: Mapping[str, BaseException]) -> None:
+        name, first = next(iter(errors.items()))
+        super().__init__(
+            f"study: {', '.join(errors)} failed, what else was to run is done; {name}: "
+            f"{type(first).__name__}: {first}"
+        )
+        self.__cause__ = first
+
+
 class Progress:
     """What a study reports while it runs; the one of a terminal is in `grace.study.progress`."""
 
@@ -44,16 +56,24 @@ class Progress:
 
 
 def run_tasks(tasks: Sequence[Task], progress: Progress) -> list[dict[str, Any]]:
-    """Results of the tasks that are done, or could be done in time, in their order."""
+    """Results of the tasks that are done, or could be done in time, in their order.
+
+    Raises:
+        Failed: some failed, when all others are done.
+    """
     done = {task: result for task in tasks if (result := finished(task)) is not None}
     left = [task for task in tasks if task not in done]
-    if left:
-        # Arms that start from the control wait for it.
-        for wave in (False, True):
-            now = [task for task in left if (task.arm.start == "control") == wave]
-            now = [task for task in now if not wave or _control_is_done(task)]
-            if now:
-                done |= _run_wave(now, progress)
+    errors: dict[str, BaseException] = {}
+    # Arms that start from the control wait for it.
+    for wave in (False, True):
+        now = [task for task in left if (task.arm.start == "control") == wave]
+        now = [task for task in now if not wave or _control_is_done(task)]
+        if now:
+            results, failed = _run_wave(now, progress)
+            done |= results
+            errors |= failed
+    if errors:
+        raise Failed(errors)
     return [done[task] for task in tasks if task in done]
 
 
@@ -94,7 +114,9 @@ def _make_side_by_side(
             )
             for w in left
         }
-        made = _follow(executor, futures, progress)
+        made, errors = _follow(executor, futures, progress)
+    if errors:
+        raise Failed(errors)
     if not all(made.values()):
         raise OutOfTime(f"study: making {' and '.join(left)} stopped")
 
@@ -116,13 +138,16 @@ def _control_is_done(task: Task) -> bool:
     return finished(control) is not None
 
 
-def _run_wave(tasks: Sequence[Task], progress: Progress) -> dict[Task, dict[str, Any]]:
+_Results = dict[Task, dict[str, Any]]
+_Errors = dict[str, BaseException]  # by the name of the part
+
+
+def _run_wave(tasks: Sequence[Task], progress: Progress) -> tuple[_Results, _Errors]:
     # The longest first, so that no core waits at the end for one long arm.
     tasks = sorted(tasks, key=length, reverse=True)
     processes = min(len(tasks), _processes(tasks[0]))
     alone = processes == 1 and (tasks[0].device != "cpu" or tasks[0].config.processes == 1)
-    run = _in_sequence(tasks, progress) if alone else _in_processes(tasks, processes, progress)
-    return {task: result for task, result in run.items() if result is not None}
+    return _in_sequence(tasks, progress) if alone else _in_processes(tasks, processes, progress)
 
 
 def _processes(task: Task) -> int:
@@ -148,20 +173,25 @@ def length(task: Task) -> int:
     return _SCORING_STEPS + (task.config.steps if task.arm.trained else 0)
 
 
-_Results = dict[Task, dict[str, Any] | None]
-
-
-def _in_sequence(tasks: Sequence[Task], progress: Progress) -> _Results:
+def _in_sequence(tasks: Sequence[Task], progress: Progress) -> tuple[_Results, _Errors]:
     results: _Results = {}
+    errors: _Errors = {}
     worker.quiet()
     for task in tasks:
         progress.start(task.folder.name, length(task))
-        results[task] = worker.run_arm(task)
+        try:
+            result = worker.run_arm(task)
+        except Exception as error:  # noqa: BLE001 (raised behind the others)
+            errors[task.folder.name] = error
+        else:
+            results |= {} if result is None else {task: result}
         progress.finish(task.folder.name)
-    return results
+    return results, errors
 
 
-def _in_processes(tasks: Sequence[Task], processes: int, progress: Progress) -> _Results:
+def _in_processes(
+    tasks: Sequence[Task], processes: int, progress: Progress
+) -> tuple[_Results, _Errors]:
     with worker_pool(processes) as executor:
         futures = {
             executor.submit(worker.run_arm, task): Part(
@@ -169,8 +199,9 @@ def _in_processes(tasks: Sequence[Task], processes: int, progress: Progress) -> 
             )
             for task in tasks
         }
-        results = _follow(executor, futures, progress)
-    return dict(zip(tasks, results.values(), strict=True))
+        results, errors = _follow(executor, futures, progress)
+    by_name = {task.folder.name: task for task in tasks}
+    return {by_name[n]: result for n, result in results.items() if result is not None}, errors
 
 
 @dataclass(frozen=True)
@@ -184,12 +215,8 @@ class Part:
 
 def _follow(
     executor: ProcessPoolExecutor, futures: Mapping[Future[_T], Part], progress: Progress
-) -> dict[Future[_T], _T]:
-    """Results of all, in their order; what fails keeps no other from its end.
-
-    Raises:
-        RuntimeError: some failed, when all others are done.
-    """
+) -> tuple[dict[str, _T], _Errors]:
+    """Results and errors by name, in their order: what fails keeps no other from its end."""
     for part in futures.values():
         progress.start(part.name, part.steps)
     left = set(futures)
@@ -203,14 +230,9 @@ def _follow(
     except BaseException:
         executor.shutdown(wait=False, cancel_futures=True)
         raise
-    failed = {part.name: error for f, part in futures.items() if (error := f.exception())}
-    if failed:
-        first = next(iter(failed.values()))
-        raise RuntimeError(
-            f"study: {', '.join(failed)} failed, what else was to run is done; the first: "
-            f"{type(first).__name__}: {first}"
-        ) from first
-    return {future: future.result() for future in futures}
+    errors = {part.name: error for f, part in futures.items() if (error := f.exception())}
+    results = {p.name: f.result() for f, p in futures.items() if p.name not in errors}
+    return results, errors
 
 
 def worker_pool(count: int) -> ProcessPoolExecutor:

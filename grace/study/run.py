@@ -19,7 +19,7 @@ from grace.study import models, pool, teacher_states, worker
 from grace.study.arms import CALIBRATED, Arm, arms_of
 from grace.study.config import StudyConfig, differences
 from grace.study.data import TEACHER, TRAIN, PackedQuestions, cache_teacher, draw
-from grace.study.execution import Progress, cores, length, make_models, run_tasks
+from grace.study.execution import Failed, Progress, cores, length, make_models, run_tasks
 from grace.study.gather import gather
 from grace.study.sweep import choose, sweep_tasks
 from grace.study.task import METRICS, STATES, SWEEP, Task, finished, states_of, training_data
@@ -58,8 +58,9 @@ def run_study(
     Raises:
         FileNotFoundError: a model that is not there.
         ValueError: `root` holds another study; an arm or a seed that the study has not.
+        Failed: arms, or models in the making, that failed; all others are done.
         RuntimeError: a packed model whose answers agree with the fake-quantized one's on too few
-            of the questions; study.json is written all the same.
+            of the questions. study.json is written all the same, here as there.
     """
     progress = progress or Progress()
     started = time.perf_counter()
@@ -75,6 +76,9 @@ def run_study(
             run_tasks(chosen, progress)
     except OutOfTime:
         pass
+    except Failed:
+        conclude(config, root, tasks, time.perf_counter() - started)
+        raise
     return conclude(config, root, tasks, time.perf_counter() - started)
 
 

@@ -91,10 +91,17 @@ def told(config: StudyConfig) -> list[str]:
         "lower), all seeds the same.",
         _weights_told(config),
     ]
+    if config.tuned:
+        fixed = "; ".join(f"{name}: {_options(own)}" for name, own in config.tuned.items())
+        lines.append(f"Set beforehand, and not swept here: {fixed}.")
     variants = [m for m in config.arms if _is_variant(m)]
     if variants and not config.sweep.ablations:
         lines.append(f"{', '.join(variants)} take the options of grace.")
     return lines
+
+
+def _options(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in options.items())
 
 
 def _weights_told(config: StudyConfig) -> str:

@@ -21,51 +21,41 @@ PANELS = {
 
 
 def plot_curves(
-    runs: Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Mapping[str, Any]]],
-    path: Path,
-    panels: Sequence[str] = tuple(PANELS),
-    styles: Mapping[str, Mapping[str, Any]] | None = None,
+    rows: Sequence[Mapping[str, Any]], path: Path, panels: Sequence[str] = tuple(PANELS)
 ) -> Path:
-    """Draw one panel a quantity over steps; panels that no run has are left out.
+    """Draw one panel a quantity over steps; panels that the run has nothing of are left out.
 
     Args:
-        runs: rows of one run, or rows by the name of a run. Panels by layer are of one run only.
+        rows: of a run's metrics.jsonl.
         path: PNG or SVG to write.
         panels: names of `PANELS`.
-        styles: arguments of matplotlib's `plot` by the name of a run.
     """
     from matplotlib.figure import Figure
 
-    named = runs if isinstance(runs, Mapping) else {"": runs}
-    shown = [title for title in panels if any(_curves(rows, title) for rows in named.values())]
-    if len(named) > 1:
-        shown = [title for title in shown if not PANELS[title][0].endswith("/")]
+    shown = [title for title in panels if _curves(rows, title)]
     columns = max(1, min(3, len(shown)))
     lines = -(-max(1, len(shown)) // columns)
     figure = Figure(figsize=(4 * columns, 2.6 * lines), dpi=110, layout="constrained")
     for place, title in enumerate(shown, 1):
         axes = figure.add_subplot(lines, columns, place)
-        for name, rows in named.items():
-            _draw(axes, rows, title, name, (styles or {}).get(name) or {})
+        _draw(axes, rows, title)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("step", fontsize=8)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.25)
-        if (len(named) > 1 and place == 1) or PANELS[title][0].endswith("/"):
+        if PANELS[title][0].endswith("/"):
             axes.legend(fontsize=7)
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     return path
 
 
-def _draw(
-    axes: Any, rows: Sequence[Mapping[str, Any]], title: str, name: str, style: Mapping[str, Any]
-) -> None:
+def _draw(axes: Any, rows: Sequence[Mapping[str, Any]], title: str) -> None:
     """The curves of a run: one, or one a layer, from dark (first) to bright (last)."""
     from matplotlib import colormaps
 
     curves = _curves(rows, title)
     for number, (key, (steps, values)) in enumerate(curves.items()):
-        drawn = {"linewidth": 1.2, "label": name or None, **style}
+        drawn: dict[str, Any] = {"linewidth": 1.2}
         if "/" in key:
             ends = number in (0, len(curves) - 1)
             color = colormaps["viridis"](0.9 * number / max(1, len(curves) - 1))

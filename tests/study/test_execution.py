@@ -113,6 +113,9 @@ def test_what_fails_keeps_no_other_from_its_end(tmp_path: Path) -> None:
             )
             for name in names
         }
-        with pytest.raises(RuntimeError, match=r"bad-1, bad-2 failed.*ValueError: x must be y"):
-            execution._follow(executor, futures, execution.Progress())
+        results, errors = execution._follow(executor, futures, execution.Progress())
+    assert results == {"good": str(tmp_path / "good")}
     assert (tmp_path / "good").read_text() == "done"
+    assert list(errors) == ["bad-1", "bad-2"]
+    with pytest.raises(RuntimeError, match=r"bad-1, bad-2 failed.*bad-1: ValueError: x must be y"):
+        raise execution.Failed(errors)

@@ -259,3 +259,20 @@ def test_other_models_in_the_same_folder_are_refused(
     shutil.copytree(done / "models" / "student", part / "models" / "teacher")
     with pytest.raises(ValueError, match=r"result.json must be of this study \(weights "):
         run_study(config, part, only=["student"])
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_is_done_is_gathered_where_an_arm_fails(
+    done: Path, config: StudyConfig, tmp_path: Path, processes: int
+) -> None:
+    for name in ("data", "models"):
+        shutil.copytree(done / name, tmp_path / name)
+    broken = tmp_path / "arms" / "student-s0"
+    broken.mkdir(parents=True)
+    (broken / "answers.npz").mkdir()  # it cannot write its answers
+    some = replace(config, arms=("student", "control", "rtn"), processes=processes)
+    with pytest.raises(execution.Failed, match=r"student-s0 failed, .* student-s0: IsADirectory"):
+        run_study(some, tmp_path)
+    study = json.loads((tmp_path / "study.json").read_text())
+    assert [arm["name"] for arm in study["arms"]] == ["control", "rtn-4", "rtn-4-control"]
+    assert study["unfinished"] == ["student-s0"]

@@ -42,8 +42,8 @@ def kept(
     return task, folder
 
 
-def _losses(task: Task, folder: Path) -> list[dict[str, float]]:
-    worker._train(replace(task, root=task.root), load(task.model_dir("student")))
+def _losses(task: Task) -> list[dict[str, float]]:
+    worker._train(task, load(task.model_dir("student")))
     rows = [json.loads(line) for line in (task.folder / METRICS).read_text().splitlines()]
     shutil.rmtree(task.folder)
     return [{name: row[name] for name in ("ce", "gdkd", "rcka", "beta")} for row in rows]
@@ -52,11 +52,11 @@ def _losses(task: Task, folder: Path) -> list[dict[str, float]]:
 def test_training_is_the_same_without_the_teacher(
     kept: tuple[Task, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    task, folder = kept
-    live = _losses(replace(task, config=replace(task.config, keep_teacher=False)), folder)
+    task, _ = kept
+    live = _losses(replace(task, config=replace(task.config, keep_teacher=False)))
     monkeypatch.setattr(Teacher, "__call__", None)  # it is not asked
     assert isinstance(told(task), teacher_states.WithStates)
-    for one, other in zip(_losses(task, folder), live, strict=True):
+    for one, other in zip(_losses(task), live, strict=True):
         assert one == pytest.approx(other, rel=1e-5)
 
 
