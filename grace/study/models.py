@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -98,18 +97,17 @@ def make(
     processor = models.make_processor(config.pixels)
     model: Any = models.make_model(recipe.size, config.make.seed, config.pixels)
     folder = making_dir(root, which)
-    started = time.perf_counter()
     options = _options(config, recipe, folder, device, images)
     data = DrawnQuestions(root / "data" / MAKING, processor, recipe.label_errors)
     with compiled_layers(model, enabled=device == "cuda"):
-        tokens = train(model, options, data, processor, until=until)
+        trained = train(model, options, data, processor, until=until)
     if options.process_index > 0:  # rank 0 keeps it
         return
     _keep(model, processor, root / MADE / which)
     facts = {
         "parameters": sum(p.numel() for p in model.parameters()),
-        "tokens": tokens,
-        "seconds": time.perf_counter() - started,  # of the last part, where it was interrupted
+        "tokens": trained.tokens,
+        "seconds": trained.seconds,
     }
     write_whole(root / MADE / f"{which}.json", json.dumps(facts))
     remove_checkpoints(folder)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -130,17 +131,24 @@ class StudyTrainer(GraceTrainer):
 
     Attributes:
         tokens: read by the student so far, padding left out, over interruptions and by all ranks.
+        seconds: that it took so far, over interruptions.
     """
 
     def __init__(self, *args: Any, pad: int, **kwargs: Any) -> None:
         self._pad = pad
         self._tokens: Tensor | int = 0
+        self._started = time.perf_counter()
         super().__init__(*args, **kwargs)
 
     @property
     def tokens(self) -> int:
         """See the class; waits for the device."""
         return int(self._tokens)
+
+    @property
+    def seconds(self) -> float:
+        """See the class."""
+        return time.perf_counter() - self._started
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return as_inputs(super()._prepare_inputs(inputs))
@@ -156,13 +164,22 @@ class StudyTrainer(GraceTrainer):
         return batches, items
 
     def training_state(self) -> dict[str, Any]:
-        """As `GraceTrainer`'s, and the tokens."""
-        return {**super().training_state(), "tokens": self.tokens}
+        """As `GraceTrainer`'s, and tokens and seconds."""
+        return {**super().training_state(), "tokens": self.tokens, "seconds": self.seconds}
 
     def load_training_state(self, state: Mapping[str, Any]) -> None:
-        """As `GraceTrainer`'s, and the tokens."""
+        """As `GraceTrainer`'s, and tokens and seconds."""
         super().load_training_state(state)
         self._tokens = state["tokens"]
+        self._started -= state["seconds"]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training took, over interruptions: tokens that the student read, seconds."""
+
+    tokens: int
+    seconds: float
 
 
 def train(
@@ -173,7 +190,7 @@ def train(
     *,
     teacher: nn.Module | None = None,
     until: float | None = None,
-) -> int:
+) -> Trained:
     """Train `model` in place, from the last checkpoint in the run's directory where there is one.
 
     Args:
@@ -183,9 +200,6 @@ def train(
         processor: of the student.
         teacher: where a term needs one.
         until: stop, with a checkpoint, at this time of the clock.
-
-    Returns:
-        Tokens that it read.
 
     Raises:
         OutOfTime: it had to stop before it was done.
@@ -205,7 +219,7 @@ def train(
     if trainer.state.global_step < trainer.state.max_steps:
         raise OutOfTime(f"study: {folder.name} stopped at step {trainer.state.global_step}")
     model.eval()
-    return trainer.tokens
+    return Trained(trainer.tokens, trainer.seconds)
 
 
 def remove_checkpoints(folder: Path) -> None:

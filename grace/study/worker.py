@@ -264,4 +264,5 @@ def _train(task: Task, model: nn.Module) -> int:
         teacher = models.load(task.model_dir("teacher"), task.device, teacher_dtype(config))
     data = told(task) if teacher is not None else training_data(task)
     with models.compiled_layers(model, teacher, enabled=task.device == "cuda"):
-        return train(model, config, data, task.processor, teacher=teacher, until=task.until)
+        made = train(model, config, data, task.processor, teacher=teacher, until=task.until)
+    return made.tokens

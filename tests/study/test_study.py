@@ -27,6 +27,7 @@ from grace.study.report import write_report
 from grace.study.run import run_study
 from grace.study.task import Task, questions_of
 from grace.study.training import OutOfTime
+from grace.training.checkpoints import STATE
 
 NAMES = ["teacher-s0", "student-s0", "control-s0", "rtn-4-s0", "rtn-4-control-s0", "grace-4-s0"]
 
@@ -171,13 +172,18 @@ def test_on_one_gpu_models_are_made_side_by_side(
     with pytest.raises(OutOfTime):
         execution.make_models(config, tmp_path, "cpu", 0.0, progress)
     for which in ("teacher", "student"):
-        assert (tmp_path / "models" / f"making-{which}" / "checkpoint-1").is_dir()
+        path = tmp_path / "models" / f"making-{which}" / "checkpoint-1" / STATE
+        state = json.loads(path.read_text())
+        assert state["seconds"] > 0
+        path.write_text(json.dumps({**state, "seconds": 1e6 + state["seconds"]}))
     told.clear()
     execution.make_models(config, tmp_path, "cpu", None, progress)
     assert {name for _, name, total in told if total == 3} == {"teacher", "student"}
     assert {name for event, name, _ in told if event == "finish"} == {"teacher", "student"}
     for which in ("teacher", "student"):
         assert digest(tmp_path / "models" / which) == digest(done / "models" / which)
+        facts = json.loads((tmp_path / "models" / f"{which}.json").read_text())
+        assert facts["seconds"] > 1e6  # what the part before the interruption took, and the rest
 
 
 def test_ranks_must_divide_a_batch(config: StudyConfig, tmp_path: Path) -> None:
