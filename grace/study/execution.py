@@ -10,6 +10,7 @@ import multiprocessing
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -258,6 +259,12 @@ def _begin(places: Any) -> None:
             f"study: a process must see one GPU, got {torch.cuda.device_count()}: CUDA was started "
             f"before {_VISIBLE} was set"
         )
+
+
+def looking_pool(task: Task) -> AbstractContextManager[ProcessPoolExecutor | None]:
+    """Processes for the teacher's look, as many as arms run at once; none where there is no GPU,
+    as a pass there fills the cores."""
+    return worker_pool(_processes(task)) if task.device != "cpu" else nullcontext()
 
 
 def gpus() -> list[str]:

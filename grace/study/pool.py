@@ -15,9 +15,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
 from functools import lru_cache
+from itertools import starmap
 from multiprocessing import get_context
 from pathlib import Path
 from random import Random
@@ -40,7 +41,8 @@ from grace.training.files import write_whole
 
 TRAIN, MAKING = "train", "making"  # what arms learn from, and what models are made from
 PIXELS, ROWS, FACTS, DONE = "pixels.u8", "rows.safetensors", "facts.json", "pool.json"
-_PART = 1024  # images of one job, kept when the others are not done
+# Images of one job, kept when the others are not done: few where there are few, for many cores.
+_PARTS, _FEWEST, _MOST = 256, 16, 1024
 _Drawn = tuple[np.ndarray, Any]  # a picture [3, P, P], and its rows or facts
 
 
@@ -68,7 +70,7 @@ def draw_pool(
     folder: Path,
     spec: dict[str, Any],
     *,
-    workers: int = 1,
+    executor: Executor | None = None,
     advance: Callable[[int], Any] = lambda _: None,
 ) -> None:
     """Draw a pool, or what is left of it.
@@ -76,7 +78,7 @@ def draw_pool(
     Args:
         folder: of the pool.
         spec: of `spec_of`.
-        workers: processes that draw.
+        executor: of `drawers`; None: this process draws.
         advance: told how many images are done.
 
     Raises:
@@ -84,20 +86,26 @@ def draw_pool(
     """
     if not _begin(folder, spec):
         return
-    starts = range(0, spec["images"], _PART)
-    left = [start for start in starts if not _part(folder, start).is_file()]
-    advance(_PART * (len(starts) - len(left)))
-    if workers == 1 or len(left) == 1:
-        for start in left:
-            _draw_part(folder, spec, start)
-            advance(min(_PART, spec["images"] - start))
-    elif left:
-        # Not forked: libraries that are loaded here may hold threads.
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            done = pool.map(_draw_part, *zip(*((folder, spec, s) for s in left), strict=True))
-            for start, _ in zip(left, done, strict=True):
-                advance(min(_PART, spec["images"] - start))
+    each = _part_images(spec)
+    starts = range(0, spec["images"], each)
+    left = [start for start in starts if not _part(folder, spec, start).is_file()]
+    advance(each * (len(starts) - len(left)))
+    tasks = ((folder, spec, start) for start in left)
+    drawn: Iterator[None] = starmap(_draw_part, tasks)
+    if executor is not None and len(left) > 1:
+        drawn = executor.map(_draw_part, *zip(*tasks, strict=True))
+    for start, _ in zip(left, drawn, strict=True):
+        advance(min(each, spec["images"] - start))
     _finish(folder, spec, list(starts))
+
+
+def drawers(workers: int) -> ProcessPoolExecutor:
+    """Processes that draw; not forked, as libraries that are loaded here may hold threads."""
+    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+
+
+def _part_images(spec: dict[str, Any]) -> int:
+    return max(_FEWEST, min(_MOST, spec["images"] // _PARTS))
 
 
 def _begin(folder: Path, spec: dict[str, Any]) -> bool:
@@ -133,13 +141,13 @@ def _require_room(folder: Path, size: int) -> None:
         )
 
 
-def _part(folder: Path, start: int) -> Path:
-    return folder / "parts" / f"{start:08d}.npz"
+def _part(folder: Path, spec: dict[str, Any], start: int) -> Path:
+    return folder / "parts" / f"{start:08d}-{_part_images(spec)}.npz"
 
 
 def _draw_part(folder: Path, spec: dict[str, Any], start: int) -> None:
     """Pictures go into their place of the one file, tokens and facts into one of their own."""
-    count = min(_PART, spec["images"] - start)
+    count = min(_part_images(spec), spec["images"] - start)
     pixels = _pixels(folder, spec, "r+")
     draw = _training_images if spec["split"] == TRAIN else _test_images
     rows: list[np.ndarray] = []
@@ -149,10 +157,10 @@ def _draw_part(folder: Path, spec: dict[str, Any], start: int) -> None:
         (rows.append if isinstance(made, np.ndarray) else facts.extend)(made)
     lengths = np.array([row.shape[1] for row in rows], np.int64)
     together = np.concatenate(rows, axis=1) if rows else np.zeros((4, 0), np.int16)
-    beside = _part(folder, start).with_suffix(f".{os.getpid()}")
+    beside = _part(folder, spec, start).with_suffix(f".{os.getpid()}")
     with beside.open("wb") as file:
         np.savez(file, rows=together, lengths=lengths, facts=np.array(json.dumps(facts)))
-    os.replace(beside, _part(folder, start))
+    os.replace(beside, _part(folder, spec, start))
 
 
 def _finish(folder: Path, spec: dict[str, Any], starts: list[int]) -> None:
@@ -160,7 +168,7 @@ def _finish(folder: Path, spec: dict[str, Any], starts: list[int]) -> None:
     lengths: list[np.ndarray] = []
     facts: list[Any] = []
     for start in starts:
-        with np.load(_part(folder, start)) as part:
+        with np.load(_part(folder, spec, start)) as part:
             rows.append(part["rows"])
             lengths.append(part["lengths"])
             facts += json.loads(str(part["facts"]))
@@ -248,7 +256,8 @@ class Pool:
         self.folder = folder
         self.spec = json.loads((folder / DONE).read_text())
         self.pixels = _pixels(folder, self.spec, "r")
-        last = [*range(_PART - 1, len(self.pixels), _PART), len(self.pixels) - 1]
+        each = _part_images(self.spec)
+        last = [*range(each - 1, len(self.pixels), each), len(self.pixels) - 1]
         if not all(self.pixels[place].any() for place in last):
             raise ValueError(
                 f"study: data in {folder} must hold all pictures, got empty ones; remove the folder"

@@ -15,14 +15,22 @@ from typing import Any
 import torch
 
 from grace.checkpoint import Checkpoint
-from grace.study import models, pool, teacher_states, worker
+from grace.study import look, models, pool, teacher_states, worker
 from grace.study.arms import CALIBRATED, Arm, arms_of
 from grace.study.config import StudyConfig, differences
 from grace.study.data import TEACHER, TRAIN, PackedQuestions, cache_teacher, draw
-from grace.study.execution import Failed, Progress, cores, length, make_models, run_tasks
+from grace.study.execution import (
+    Failed,
+    Progress,
+    cores,
+    length,
+    looking_pool,
+    make_models,
+    run_tasks,
+)
 from grace.study.gather import gather
 from grace.study.sweep import choose, sweep_tasks
-from grace.study.task import METRICS, STATES, SWEEP, Task, finished, states_of, training_data
+from grace.study.task import METRICS, STATES, SWEEP, Task, finished, states_of
 from grace.study.training import OutOfTime
 from grace.training.files import write_whole
 
@@ -184,17 +192,18 @@ def draw_data(config: StudyConfig, root: Path, progress: Progress) -> None:
     splits = [TRAIN, config.split, *(["validation"] if config.sweep is not None else [])]
     if not all(models.is_made(config, root, which) for which in ("teacher", "student")):
         splits.insert(0, pool.MAKING)
-    for split in dict.fromkeys(splits):
-        spec, done = pool.spec_of(config, split), 0
-        progress.start(f"draw {split}", spec["images"])
+    with pool.drawers(cores()) as executor:
+        for split in dict.fromkeys(splits):
+            spec, done = pool.spec_of(config, split), 0
+            progress.start(f"draw {split}", spec["images"])
 
-        def advance(images: int, name: str = f"draw {split}") -> None:
-            nonlocal done
-            done += images
-            progress.advance(name, done)
+            def advance(images: int, name: str = f"draw {split}") -> None:
+                nonlocal done
+                done += images
+                progress.advance(name, done)
 
-        pool.draw_pool(data / split, spec, workers=cores(), advance=advance)
-        progress.finish(f"draw {split}")
+            pool.draw_pool(data / split, spec, executor=executor, advance=advance)
+            progress.finish(f"draw {split}")
 
 
 def _look_once(config: StudyConfig, root: Path, device: str, progress: Progress) -> None:
@@ -216,12 +225,11 @@ def _look_once(config: StudyConfig, root: Path, device: str, progress: Progress)
         done += images
         progress.advance("look", done)
 
-    options = worker.training_config(task)
     if config.benchmark == "drawn":
-        model = models.load(task.model_dir("teacher"), device, worker.teacher_dtype(options))
-        rows, of = training_data(task), states_of(task)
-        teacher_states.keep(model, rows, data / STATES, options, of, advance=advance)
+        with looking_pool(task) as processes:
+            look.keep(task, pool=processes, advance=advance)
     else:
+        options = worker.training_config(task)
         model = models.load(task.model_dir("teacher"), device)
         dataset = PackedQuestions(data / TRAIN, task.processor)
         cache_teacher(model, dataset, data / TEACHER, options, advance=advance)

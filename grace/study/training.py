@@ -57,6 +57,11 @@ class DrawnQuestions(Dataset):
     def __getitem__(self, index: int) -> int:
         return index  # read a batch at a time, in `collate`
 
+    def supervised_bounds(self) -> np.ndarray:
+        """int64 [images + 1]: supervised tokens of the images before each."""
+        before = np.concatenate([[0], np.cumsum(self.tokens[1].numpy() != IGNORE)])
+        return before[np.array(self.bounds)].astype(np.int64)
+
     def collate(self, items: list[int]) -> dict[str, Tensor]:
         """A batch for `StudyTrainer`: pixels uint8 [B, 3, P, P], and `input_ids`, `labels`,
         `position_ids`, `blocks` int64 [B, S]; see `grace.evaluation.packed_questions`."""

@@ -116,7 +116,6 @@ def test_a_scored_pool_is_made_of_twins(pools: Path) -> None:
 def test_drawing_goes_on_where_it_stopped(
     pools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pool, "_PART", 16)
     spec = pool.spec_of(CONFIG, "train")
     real, drawn = pool._draw_part, list[int]()
     monkeypatch.setattr(pool, "_draw_part", _until(real, 32))
@@ -133,6 +132,13 @@ def test_drawing_goes_on_where_it_stopped(
     assert np.array_equal(whole.pixels, again.pixels)
     for one, other in zip(whole.rows(), again.rows(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_processes_draw_the_same(pools: Path, tmp_path: Path) -> None:
+    with pool.drawers(2) as executor:
+        pool.draw_pool(tmp_path / "p", pool.spec_of(CONFIG, "train"), executor=executor)
+    for path in (pools / "train").iterdir():
+        assert (tmp_path / "p" / path.name).read_bytes() == path.read_bytes()
 
 
 def _until(real, last: int):

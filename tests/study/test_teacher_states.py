@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from grace.study import teacher_states, worker
+from grace.study import execution, look, teacher_states, worker
 from grace.study.arms import Arm
 from grace.study.config import StudyConfig
 from grace.study.models import load
 from grace.study.run import run_study
-from grace.study.task import METRICS, STATES, Task, states_of, told, training_data
+from grace.study.task import METRICS, STATES, Task, states_of, told
 from grace.training.step import TEACHER_LAST, TEACHER_LAYER, Teacher, model_inputs, supervised
 
 
@@ -31,15 +31,10 @@ def kept(
     shutil.copytree(done / "data", root / "data")
     shutil.copytree(done / "models", root / "models")
     task = Task(Arm("grace", 4), 0, replace(config, keep_teacher=True), root)
-    folder, options = root / "data" / STATES, worker.training_config(task)
-    model = load(task.model_dir("teacher"))
     seen: list[int] = []
-    teacher_states.keep(
-        model, training_data(task), folder, options, states_of(task),
-        batch_images=5, advance=seen.append,
-    )  # fmt: skip
+    look.keep(task, batch_images=5, advance=seen.append)
     assert seen == [5, 5, 5, 1]
-    return task, folder
+    return task, root / "data" / STATES
 
 
 def _losses(task: Task) -> list[dict[str, float]]:
@@ -100,7 +95,7 @@ def test_a_study_looks_once(
     run_study(config, tmp_path, only=["student"])
     assert not (tmp_path / "data" / STATES).exists()  # nothing trains
     run_study(config, tmp_path)
-    monkeypatch.setattr(teacher_states, "keep", None)  # not again
+    monkeypatch.setattr(look, "keep", None)  # not again
     (tmp_path / "arms" / "grace-4-s0" / "result.json").unlink()
     run_study(config, tmp_path)
 
@@ -110,10 +105,21 @@ def test_a_full_disk_is_told(
 ) -> None:
     task, _ = kept
     usage = namedtuple("usage", "total used free")(0, 0, 10)
-    monkeypatch.setattr(teacher_states.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(look.shutil, "disk_usage", lambda _: usage)
+    for name in ("data", "models"):
+        shutil.copytree(task.root / name, tmp_path / name)
     with pytest.raises(OSError, match=r"must have .* GiB free for the teacher's states, got 0\.0"):
-        teacher_states.keep(
-            load(task.model_dir("teacher")), training_data(task), tmp_path / "x",
-            worker.training_config(task), states_of(task), batch_images=4,
-        )  # fmt: skip
-    assert not teacher_states.are_kept(tmp_path / "x", states_of(task))
+        look.keep(replace(task, root=tmp_path))
+    assert not teacher_states.are_kept(tmp_path / "data" / STATES, states_of(task))
+
+
+def test_processes_keep_the_same(kept: tuple[Task, Path], tmp_path: Path) -> None:
+    task, folder = kept
+    for name in ("data", "models"):
+        shutil.copytree(task.root / name, tmp_path / name)
+    for old in (tmp_path / "data" / STATES).iterdir():
+        old.unlink()
+    with execution.worker_pool(2) as pool:
+        look.keep(replace(task, root=tmp_path), batch_images=5, pool=pool)
+    for path in folder.iterdir():
+        assert (tmp_path / "data" / STATES / path.name).read_bytes() == path.read_bytes()
