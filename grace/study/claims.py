@@ -46,6 +46,7 @@ _ABOVE = (
     ("grace", "qat", "GRACE is above QAT without a teacher", "67.2 and 65.9"),
     ("grace", "kd", "GRACE is above QAT with plain distillation", ""),
     ("grace", "student", "quantized GRACE is above the student it began with", "67.2 and 66.5"),
+    ("grace", "control", "quantized GRACE is above the student trained as long without it", ""),
     ("grace", "grace-no-gate", "the confidence gate helps", ""),
     ("grace", "grace-no-rcka", "relational alignment (RCKA) helps", ""),
     ("grace", "grace-fixed-beta", "the adaptive β helps", ""),
