@@ -84,7 +84,8 @@ def entropy_error(study: Mapping[str, Any], answers: Answers | None) -> EntropyE
 def _summarized(found: Mapping[str, Any] | None) -> EntropyError | None:
     if not found:
         return None
-    r = None if found["r"] is None else fisher_interval(found["r"], found["questions"])
+    r = found["r"]  # a study without its interval knows no more than that r is one
+    r = None if r is None else Interval(r, found.get("low", -1.0), found.get("high", 1.0))
     return EntropyError(r, found["questions"], found["errors"], found["mean"])
 
 
@@ -114,15 +115,6 @@ def _r_of_sums(sums: np.ndarray) -> np.ndarray:
     spread = (n * xx - x * x) * (n * yy - y * y)
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(spread > 1e-9, (n * xy - x * y) / np.sqrt(spread), np.nan)
-
-
-def fisher_interval(r: float, count: int) -> Interval:
-    """r with the 95 % interval of Fisher's z, for `count` independent pairs."""
-    if count <= 3 or abs(r) >= 1:
-        return Interval(r, r, r)
-    width = 1.959964 / np.sqrt(count - 3)
-    z = np.arctanh(r)
-    return Interval(r, float(np.tanh(z - width)), float(np.tanh(z + width)))
 
 
 def _bins(entropy: np.ndarray, wrong: np.ndarray) -> list[tuple[float, float, float]]:

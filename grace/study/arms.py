@@ -69,7 +69,10 @@ METHODS: dict[str, Method] = {
         "GRACE, no RCKA", "no relational alignment", {"omega": 0.0}, tuned_as="grace"
     ),
     "grace-fixed-beta": Method(
-        "GRACE, fixed β", "no controller: the first β", {"adaptive_beta": False}, tuned_as="grace"
+        "GRACE, fixed β",
+        "no controller: the mean of β that the sweep's best candidate had, or the first β",
+        {"adaptive_beta": False},
+        tuned_as="grace",
     ),
     "grace-per-channel": Method(
         "GRACE, per channel", "one scale a row", {"group_size": -1}, tuned_as="grace"

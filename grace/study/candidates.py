@@ -18,6 +18,18 @@ def named(candidate: Mapping[str, Any], among: Sequence[Mapping[str, Any]]) -> s
     return ", ".join(f"{name} {candidate[name]}" for name in differing)
 
 
+def at_edge(chosen: Mapping[str, Any], among: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Options of which the chosen value is the smallest or the largest that was tried: the best
+    may lie beyond."""
+    found = []
+    for name, value in chosen.items():
+        tried = {other[name] for other in among if name in other}
+        numbers = all(isinstance(each, int | float) for each in tried)
+        if len(tried) > 1 and numbers and value in (min(tried), max(tried)):
+            found.append(name)
+    return found
+
+
 def by_weights(found: Mapping[str, Any]) -> dict[str, dict[float, float]]:
     """Totals of a method in sweep.json by learning rate, for each of its other options."""
     lines: dict[str, dict[float, float]] = {}

@@ -11,23 +11,28 @@ from grace.study.resampling import Difference, Resampled, holm
 
 LEVEL = 0.05
 ABOVE, BELOW, UNSEPARATED = "above", "below", "not separated"
+ONE_SEED = "one seed"
 Arm = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Comparison:
     """An arm minus another: points with their interval, p, and p by Holm within its family, the
-    comparisons at one number of bits."""
+    comparisons at one number of bits; `seeds_known`: whether these hold what seeds change."""
 
     arm: str
     to: str
     bits: int
     difference: Difference
     adjusted: float
+    seeds_known: bool = True
 
     @property
     def verdict(self) -> str:
-        """Whether the arm is above or below the other; `UNSEPARATED` above 5 % by Holm."""
+        """Whether the arm is above or below the other; `UNSEPARATED` above 5 % by Holm. `ONE_SEED`
+        where the difference may be the seed's: it says nothing about methods."""
+        if not self.seeds_known:
+            return ONE_SEED
         if self.adjusted > LEVEL:
             return UNSEPARATED
         return ABOVE if self.difference.value > 0 else BELOW
@@ -41,10 +46,14 @@ def compare(arms: Sequence[Arm], resampled: Resampled) -> list[Comparison]:
         made = [resampled.difference(arm["name"], to["name"]) for arm, to in pairs]
         adjusted = holm([difference.p for difference in made])
         found += [
-            Comparison(arm["name"], to["name"], bits, difference, p)
+            Comparison(arm["name"], to["name"], bits, difference, p, _known(arm, to, resampled))
             for (arm, to), difference, p in zip(pairs, made, adjusted, strict=True)
         ]
     return found
+
+
+def _known(arm: Arm, to: Arm, resampled: Resampled) -> bool:
+    return resampled.knows_seeds(arm["name"]) and resampled.knows_seeds(to["name"])
 
 
 def partners(arm: Arm, arms: Sequence[Arm]) -> list[Arm]:

@@ -186,6 +186,7 @@ class StudyConfig:
             each GPU, 1: in this process where there is one, None: as many as there are cores, or on
             a GPU by the models' size. Neither changes a result.
         split: what is scored: "heldout", or "validation" to tune on.
+        notes: sentences for the report's section on tuning: what was tried before, and elsewhere.
     """
 
     seed: int = 0
@@ -221,6 +222,7 @@ class StudyConfig:
     loader_workers: int = 0
     processes: int | None = None
     split: str = "heldout"
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_images", "questions_per_image", "train_images", "batch_size"):
@@ -247,12 +249,21 @@ class StudyConfig:
         self._check_choices()
 
     def _check_sweep(self) -> None:
-        for method, tried in self.sweep.candidates.items() if self.sweep is not None else ():
-            names = {name for each in tried for name in each}
-            if twice := sorted(names & self.tuned.get(method, {}).keys()):
-                raise ValueError(
-                    f"study: {', '.join(twice)} of {method} must be swept or tuned, got both"
-                )
+        if self.sweep is None:
+            return
+        from grace.study.arms import METHODS
+        from grace.study.sweep import swept_arms
+
+        if any(method not in METHODS for method in self.arms):
+            return  # told by name where arms are made
+        for arm in swept_arms(self):
+            base = METHODS[arm.method].tuned_as
+            tried = {name for each in self.sweep.of(arm.method, base) for name in each}
+            for name in dict.fromkeys((base or arm.method, arm.method, arm.name)):
+                if twice := sorted(tried & self.tuned.get(name, {}).keys()):
+                    raise ValueError(
+                        f"study: {', '.join(twice)} of {name} must be swept or tuned, got both"
+                    )
 
     def _check_choices(self) -> None:
         for name, allowed in (("benchmark", BENCHMARKS), ("split", ("heldout", "validation"))):
@@ -302,7 +313,10 @@ class StudyConfig:
 
 
 # Fields that say what is run, and not what comes out of it.
-_SELECTION = ("seeds", "arms", "bits", "ptq_from", "processes", "loader_workers", "models")
+_SELECTION = (
+    *("seeds", "arms", "bits", "ptq_from", "processes", "loader_workers", "models"),
+    "notes",
+)
 # Fields that the drawn data and the teacher's cached rows depend on.
 _DATA = (
     *("seed", "benchmark", "questions_per_image", "train_images", "heldout_images"),

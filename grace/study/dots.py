@@ -13,7 +13,7 @@ from typing import Any
 
 from grace.study.arms import FULL
 from grace.study.charts import Arm, bits_label, by_bits, color_of, error_bars, grid, save, title
-from grace.study.comparisons import UNSEPARATED, Comparison
+from grace.study.comparisons import ABOVE, BELOW, Comparison
 from grace.study.resampling import Resampled
 
 _ROW = 0.21  # inches
@@ -68,7 +68,7 @@ def differences(arms: Sequence[Arm], comparisons: Sequence[Comparison], path: Pa
                 f"− {other['label']}",
                 color_of(other["method"]),
                 found.difference,
-                filled=found.verdict != UNSEPARATED,
+                filled=found.verdict in (ABOVE, BELOW),
             )
         )
     shown = {bits: rows for bits, rows in panels.items() if rows}

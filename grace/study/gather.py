@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from grace.study.answers import pearson
 from grace.study.arms import METHODS, Arm, arms_of
 from grace.study.config import StudyConfig
 from grace.study.questions import Questions
@@ -241,18 +242,21 @@ def _teacher_entropy(
     answers: Mapping[str, np.ndarray], tasks: Sequence[Task]
 ) -> dict[str, Any] | None:
     """Whether the teacher errs where its answer's token has a high entropy: Pearson's r of entropy
-    and error over questions (None where it never errs, or always), as in the paper's figure."""
+    and error over questions with its 95 % interval (None where it never errs, or always), as in the
+    paper's figure."""
     names = [task.folder.name for task in tasks if task.arm.method == "teacher"]
     if not names:
         return None
     entropy = answers[f"entropy.{names[0]}"].astype(np.float64)
     error = ~answers[f"right.{names[0]}"]
-    varies = 0 < error.sum() < error.size and entropy.std() > 0
+    r = pearson(entropy, error.astype(np.float64), answers["image"] // 2)
     return {
         "questions": int(error.size),
         "errors": int(error.sum()),
         "mean": float(entropy.mean()),
-        "r": float(np.corrcoef(entropy, error)[0, 1]) if varies else None,
+        "r": r and r.value,
+        "low": r and r.low,
+        "high": r and r.high,
     }
 
 

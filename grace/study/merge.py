@@ -53,7 +53,7 @@ def merge(parts: Sequence[Path], out: Path) -> dict[str, Any]:
     shown = [{k: v for k, v in e.items() if k != "answers"} for e in studies[0]["examples"]]
     seconds = sum(study["seconds"] for study in studies)
     study = summarize(config, out, tasks, results, seconds, shown)
-    study |= {"environment": studies[0]["environment"], "unfinished": []}
+    study |= {"environment": studies[0]["environment"], "unfinished": _missing(config, tasks)}
     study["environments"] = [part["environment"] for part in studies]
     write_whole(out / CONFIG, json.dumps(config.as_dict(), indent=1))
     write_whole(out / STUDY, json.dumps(study))
@@ -128,6 +128,18 @@ def _union(configs: Sequence[StudyConfig]) -> StudyConfig:
 def _in_order(config: StudyConfig, out: Path, found: Mapping[str, Any]) -> list[Task]:
     tasks = [Task(arm, seed, config, out) for arm in arms_of(config) for seed in config.seeds]
     return [task for task in tasks if task.folder.name in found and _counts(task, found)]
+
+
+def _missing(config: StudyConfig, tasks: Sequence[Task]) -> list[str]:
+    """Folders of the arms and seeds that no part has."""
+    ran = {(task.arm, task.seed) for task in tasks}
+    once = {arm for arm, _ in ran}
+    return [
+        f"{arm.name}-s{seed}"
+        for arm in arms_of(config)
+        for seed in (config.seeds if arm.seeded else config.seeds[:1])
+        if (arm, seed) not in ran and (arm.seeded or arm not in once)
+    ]
 
 
 def _counts(task: Task, found: Mapping[str, Any]) -> bool:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from grace.study.answers import Answers, entropy_error, read_answers
-from grace.study.arms import FULL
+from grace.study.arms import CALIBRATED, FULL
 from grace.study.charts import draw_charts, title
 from grace.study.claims import ABSENT, FAILS, HOLDS, claims
-from grace.study.comparisons import ABOVE, BELOW, UNSEPARATED, compare
+from grace.study.comparisons import ABOVE, BELOW, ONE_SEED, UNSEPARATED, compare
 from grace.study.gather import FORMAT, VERSION
 from grace.study.plots import charts_of
 from grace.study.resampling import Resampled
@@ -33,6 +33,7 @@ _VERDICTS = {
     ABOVE: "good",
     BELOW: "bad",
     UNSEPARATED: "open",
+    ONE_SEED: "open",
     ABSENT: "open",
 }
 _TEMPLATE = Path(__file__).parent / "templates" / "report.html.j2"
@@ -111,14 +112,16 @@ def _label_errors(config: Mapping[str, Any]) -> list[str]:
     shares = {"trained arms": config.get("label_errors", 0.0)}
     for which in ("teacher", "student"):
         shares[f"the {which}"] = made.get(which, {}).get("label_errors", 0.0)
-    wrong = [f"{share:.0%} of what {who} learned from" for who, share in shares.items() if share]
-    return [f"Wrong yes/no answers: {', '.join(wrong)}; what is scored is exact."] if wrong else []
+    wrong = ", ".join(f"{share:.0%} of what {who} learned from" for who, share in shares.items())
+    told = f"Wrong yes/no answers: {wrong}; what is scored is exact."
+    return [told] if any(shares.values()) else []
 
 
 def footnotes(study: Mapping[str, Any]) -> list[str]:
     """What stands behind the numbers."""
     config, drawn = study["config"], study["benchmark"]
-    seeds = len(config["seeds"])
+    low = {arm["bits"] for arm in study["arms"]}
+    seeds = max(len(arm["seeds"]) for arm in study["arms"])
     notes = [
         f"Scores are MME's (200 a subtask, 100·acc + 100·acc⁺) on {drawn['questions']} held-out "
         f"questions about {drawn['images']} drawn images; ± is one standard error over images.",
@@ -131,8 +134,16 @@ def footnotes(study: Mapping[str, Any]) -> list[str]:
         )
         + (" One seed: the spread between seeds is not known." if seeds == 1 else ""),
         *_label_errors(config),
-        "MB: weights as served, quantized layers at their bits with bf16 scales, the rest bf16.",
+        "MB: weights with quantized layers at their bits, scales and the rest at 16 bits"
+        + (", also where no kernel serves such (2 and 3 bits)." if low & {2, 3} else "."),
     ]
+    if any(arm["method"] in CALIBRATED for arm in study["arms"]):
+        notes.append(
+            "All methods quantize to one grid, symmetric; as published, AWQ (and often GPTQ) have "
+            "zero points beside scales."
+        )
+    if unfinished := study.get("unfinished"):
+        notes.append(f"Not run yet: {', '.join(unfinished)}.")
     rates = [(title(arm), arm["agreement"]) for arm in study["arms"] if arm["deployed"]]
     if rates:
         agreed = ", ".join(f"{name} {rate:.2%}" for name, rate in rates)

@@ -1,10 +1,19 @@
-"""Intervals and p values of scores, by a bootstrap over images and seeds.
+"""Intervals and p values of scores: a bootstrap over images, and t draws for seeds.
 
 What is drawn again is a pair of twin images with its four questions (`grace.study.statistics`),
-within its subtask, and for all arms alike: differences are paired. Seeds are the second level: of n
-seeds, n are drawn with replacement, the same ones for all arms that ran with them. The mean of n
-drawn seeds varies by (n − 1)/n of what a mean of n seeds does; its deviation is widened by
-√(n/(n − 1)). With one seed the spread between seeds is not known, and no interval holds it.
+within its subtask, and for all arms alike: differences are paired by image.
+
+What another seed would change is added to every draw of an arm with n of them: s · t / √n, with t
+drawn from Student's distribution. s² is the variance between seeds, pooled over arms of one kind
+(trained, or post-training) at one number of bits, with as many degrees of freedom as these have
+seeds less one each; where those are fewer than `LEAST_FREEDOM`, over all arms of the kind, or all
+with several seeds. Two or three seeds of one arm alone say little of their own spread: a bootstrap
+over them rejects true equality several times too often. s holds what seeds change on the very
+images, too, which the first level has already: intervals are a little too wide where seeds hardly
+matter.
+
+Where no arm has two seeds s is unknown (`Resampled.knows_seeds`): intervals then hold
+images only, and say nothing about methods.
 """
 
 from __future__ import annotations
@@ -18,7 +27,9 @@ import numpy as np
 from grace.study.statistics import pair_scores
 
 DRAWS = 10_000
+LEAST_FREEDOM = 4
 _MOST = 200.0  # of a subtask
+_TOTAL = ""  # beside subtasks' names
 _CHUNK = 1 << 22  # counts in work at once
 
 
@@ -60,15 +71,32 @@ class Resampled:
         for place, (name, _) in enumerate(columns):
             places.setdefault(name, []).append(place)
         random = np.random.default_rng(seed)
-        chosen = _seed_draws(arms, draws, random)
         self.scores: dict[str, dict[str, float]] = {name: {} for name in places}
         self._draws: dict[str, dict[str, np.ndarray]] = {name: {} for name in places}
+        by_seed: dict[str, np.ndarray] = {}
         for subtask in self.subtasks:
             values = np.stack([pair_scores(right[subtask]) for _, right in columns])
             drawn = _image_draws(values, draws, random)
+            by_seed[subtask] = values.mean(1)
             for name, own in places.items():
                 self.scores[name][subtask] = float(values[own].mean())
-                self._draws[name][subtask] = _with_seeds(drawn[:, own], chosen[name])
+                self._draws[name][subtask] = drawn[:, own].mean(1)
+        by_seed[_TOTAL] = np.sum(list(by_seed.values()), axis=0)
+        pools = {name: _alike(arm, arms) for name, arm in ((arm["name"], arm) for arm in arms)}
+        self._unknown = {name for name, alike in pools.items() if alike is not None and not alike}
+        self._seeds: dict[str, dict[str, np.ndarray]] = {}
+        for name, alike in pools.items():
+            if alike:
+                groups = [places[other] for other in alike]
+                freedom = sum(len(group) - 1 for group in groups)
+                t = random.standard_t(freedom, draws) / np.sqrt(len(places[name]))
+                spread = {part: _pooled(scores, groups) for part, scores in by_seed.items()}
+                self._seeds[name] = {part: t * size for part, size in spread.items()}
+
+    def knows_seeds(self, name: str) -> bool:
+        """Whether it is known what another seed would change of this arm; of one that has none,
+        nothing."""
+        return name not in self._unknown
 
     def total(self, name: str) -> Interval:
         """An arm's sum over subtasks."""
@@ -76,8 +104,8 @@ class Resampled:
 
     def subtask(self, name: str, subtask: str) -> Interval:
         """An arm's score in a subtask."""
-        drawn = _interval(self._draws[name][subtask], self.scores[name][subtask])
-        return _within(drawn, _MOST)
+        drawn = self._draws[name][subtask] + self._of_seeds(name, subtask)
+        return _within(_interval(drawn, self.scores[name][subtask]), _MOST)
 
     def ratio(self, name: str, other: str) -> Interval:
         """An arm's total over another's; NaN where that has none."""
@@ -94,7 +122,11 @@ class Resampled:
         return Difference(found.value, found.low, found.high, p_value(drawn))
 
     def _total(self, name: str) -> np.ndarray:
-        return np.sum([self._draws[name][subtask] for subtask in self.subtasks], axis=0)
+        images = np.sum([self._draws[name][subtask] for subtask in self.subtasks], axis=0)
+        return images + self._of_seeds(name, _TOTAL)
+
+    def _of_seeds(self, name: str, part: str) -> Any:
+        return self._seeds[name][part] if name in self._seeds else 0.0
 
     def _sum(self, name: str) -> float:
         return sum(self.scores[name].values())
@@ -134,27 +166,29 @@ def _image_draws(values: np.ndarray, draws: int, random: np.random.Generator) ->
     return np.concatenate(parts)
 
 
-def _seed_draws(
-    arms: Sequence[Mapping[str, Any]], draws: int, random: np.random.Generator
-) -> dict[str, np.ndarray]:
-    """By arm, which of its seeds are drawn, [draws, seeds]; arms of the same seeds share them."""
-    shared: dict[tuple[int, ...], np.ndarray] = {}
-    found = {}
-    for arm in arms:
-        seeds = tuple(item["seed"] for item in arm["seeds"])
-        if seeds not in shared:
-            shared[seeds] = random.integers(len(seeds), size=(draws, len(seeds)))
-        found[arm["name"]] = shared[seeds]
-    return found
+def _alike(arm: Mapping[str, Any], arms: Sequence[Mapping[str, Any]]) -> list[str] | None:
+    """Names of the arms whose seeds vary as this one's do; None for an arm that is the same for
+    all seeds, none where nobody has two."""
+    if not _has_seeds(arm):
+        return None
+    several = [a for a in arms if len(a["seeds"]) > 1]
+    kind = [a for a in several if a["trained"] == arm["trained"]]
+    own = [a for a in kind if a["bits"] == arm["bits"]]
+    for alike in (own, kind):
+        if sum(len(a["seeds"]) - 1 for a in alike) >= LEAST_FREEDOM:
+            return [a["name"] for a in alike]
+    return [a["name"] for a in several]
 
 
-def _with_seeds(drawn: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """Means over drawn seeds, [draws], of `drawn` [draws, seeds]."""
-    mean, seeds = drawn.mean(1), drawn.shape[1]
-    if seeds == 1:
-        return mean
-    again = np.take_along_axis(drawn, chosen, axis=1).mean(1)
-    return mean + np.sqrt(seeds / (seeds - 1)) * (again - mean)
+def _has_seeds(arm: Mapping[str, Any]) -> bool:
+    started = arm.get("start", "student") != "student"  # from one that was trained
+    return bool(arm["trained"]) or started or len(arm["seeds"]) > 1
+
+
+def _pooled(scores: np.ndarray, groups: Sequence[Sequence[int]]) -> float:
+    """Standard deviation between seeds, over several arms' scores: groups of places in `scores`."""
+    squares = sum(float(((scores[g] - scores[g].mean()) ** 2).sum()) for g in map(list, groups))
+    return float(np.sqrt(squares / sum(len(group) - 1 for group in groups)))
 
 
 def _within(interval: Interval, most: float) -> Interval:

@@ -175,7 +175,8 @@ def _stages(
         results = run_tasks(tried, progress)
         if len(results) < len(tried):
             raise OutOfTime("study: the sweep is not done")
-        write_whole(root / SWEEP, json.dumps(choose(config, results), indent=1))
+        found = choose(config, results, [task.folder for task in tried])
+        write_whole(root / SWEEP, json.dumps(found, indent=1))
 
 
 def draw_data(config: StudyConfig, root: Path, progress: Progress) -> None:

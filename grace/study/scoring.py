@@ -115,14 +115,34 @@ def _visual_tokens(model: nn.Module, batch: questions.Batch) -> tuple[torch.Tens
 def deploy(task: Task, model: nn.Module) -> nn.Module:
     """Export the model as compressed-tensors and load it as users do: packed, on our kernels."""
     from grace.export import export
-    from grace.nn import PackedLinear
 
     directory = task.folder / "packed"
     export(model, directory, processor=task.processor, overwrite=directory.exists())
     packed = models.load(directory, task.device, _serving_dtype(task))
-    if not any(isinstance(module, PackedLinear) for module in packed.modules()):
-        raise RuntimeError(f"study: {directory} must load as packed layers, got none")
+    check_packed(model, packed)
     return packed
+
+
+def check_packed(model: nn.Module, packed: nn.Module) -> None:
+    """RuntimeError unless every quantized layer of `model` is packed with its codes and scales.
+
+    Answers alone would not tell: at 4 bits 98 % of them are those of the student unquantized.
+    """
+    from grace.nn import FakeQuantLinear, PackedLinear
+
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, FakeQuantLinear)}
+    found = dict(packed.named_modules())
+    for name, layer in layers.items():
+        other = found.get(name)
+        if not isinstance(other, PackedLinear):
+            kind = type(other).__name__
+            raise RuntimeError(f"study: {name} must load as a packed layer, got {kind}")
+        for ours, theirs in zip(layer.quantize(), other.unpack(), strict=True):
+            if not torch.equal(ours.float(), theirs.float()):
+                raise RuntimeError(
+                    f"study: the packed {name} must hold the codes and scales that were trained, "
+                    f"got others in {int((ours.float() != theirs.float()).sum())} places"
+                )
 
 
 def _serving_dtype(task: Task) -> torch.dtype:

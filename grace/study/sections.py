@@ -12,7 +12,7 @@ from typing import Any
 
 from grace.study.answers import PAPER_R, EntropyError
 from grace.study.arms import FULL
-from grace.study.candidates import RATE, by_weights, named
+from grace.study.candidates import RATE, at_edge, by_weights, named
 from grace.study.charts import title
 from grace.study.claims import SOURCE, Claim, signed
 from grace.study.comparisons import Comparison, counterpart
@@ -20,6 +20,7 @@ from grace.study.dots import alignments
 from grace.study.resampling import DRAWS, Interval, Resampled
 
 Study = Mapping[str, Any]
+_FEW_BITS = 3  # numbers of bits (with none) that the long table shows at a glance
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,17 @@ def _percent(interval: Interval) -> str:
     return _shown(Interval(100 * interval.value, 100 * interval.low, 100 * interval.high), 1)
 
 
+def overview(study: Study, resampled: Resampled) -> Table:
+    """Totals with 95 % intervals: a row a method, a column a number of bits."""
+    bits = sorted({arm["bits"] for arm in study["arms"]}, reverse=True)
+    rows: dict[str, list[str]] = {}
+    for arm in study["arms"]:
+        row = rows.setdefault(arm["label"], [""] * len(bits))
+        row[bits.index(arm["bits"])] = _shown(resampled.total(arm["name"]))
+    header = ["method", *("not quantized" if b == FULL else f"{b} bits" for b in bits)]
+    return Table(header, [[label, *cells] for label, cells in rows.items()])
+
+
 def _intervals(study: Study, resampled: Resampled) -> Section:
     """Every subtask's score and the total with 95 % intervals, and the spread over seeds."""
     names = resampled.subtasks
@@ -93,16 +105,18 @@ def _intervals(study: Study, resampled: Resampled) -> Section:
     seeds = max(len(arm["seeds"]) for arm in study["arms"])
     notes = [
         f"95 % intervals: {DRAWS:,} bootstrap draws of pairs of twin images with their questions, "
-        "within subtasks, and of seeds where an arm has several. The spread is the standard "
-        "deviation of the total between seeds.",
+        "within subtasks, and what another seed would change, by Student's t with the variance "
+        "between seeds of all arms of a kind at a number of bits. They speak of new pictures of "
+        "the same questions, and of this student and teacher. The spread is the standard deviation "
+        "of the total between seeds.",
     ]
-    if seeds < 5:
-        notes.append(
-            f"At most {seeds} seed{'s' if seeds > 1 else ''}: what another seed would change is "
-            + ("in no interval." if seeds == 1 else "known roughly; intervals may be too narrow.")
-        )
+    if seeds == 1:
+        notes.append("One seed: what another would change is in no interval.")
     header = ["method", *names, "total", "spread", "seeds"]
-    return Section("Scores", [Table(header, rows)], notes, ["scores", "subtasks", "bits", "sizes"])
+    tables = [Table(header, rows)]
+    if len({arm["bits"] for arm in study["arms"]}) > _FEW_BITS:
+        tables.insert(0, overview(study, resampled))
+    return Section("Scores", tables, notes, ["scores", "subtasks", "bits", "sizes"])
 
 
 def _kept(study: Study, resampled: Resampled) -> Section | None:
@@ -134,9 +148,10 @@ def _differences(study: Study, comparisons: Sequence[Comparison]) -> Section | N
         points = signed(item.difference)
         rows.append([told, points, f"{p:.2g}", f"{item.adjusted:.2g}", item.verdict])
     notes = [
-        "Total score of an arm minus another's, on the same drawn images and seeds. p: two-sided, "
+        "Total score of an arm minus another's, on the same drawn images. p: two-sided, "
         f"at least {2 / (DRAWS + 1):.2g}; by Holm: for all comparisons at one number of bits "
-        "together. Above 0.05 by Holm the benchmark does not separate the two."
+        "together. Above 0.05 by Holm the benchmark does not separate the two. One seed: what "
+        "another would change is not known, and nothing is said of methods."
     ]
     header = ["difference", "points", "p", "p by Holm", "verdict"]
     return Section("Paired differences", [Table(header, rows)], notes, ["differences"])
@@ -145,10 +160,11 @@ def _differences(study: Study, comparisons: Sequence[Comparison]) -> Section | N
 def _claims(claims: Sequence[Claim]) -> Section:
     rows = [[claim.text, claim.bits, claim.paper, claim.found, claim.verdict] for claim in claims]
     notes = [
-        f"Claims of {SOURCE}, with its numbers (other models, averages of other benchmarks). A "
-        "difference holds, or does not, where p by Holm is at most 0.05; a share where the whole "
-        "interval is on one side of the paper's; a correlation where it is on one side of 0; CKA "
-        "where all seeds agree. The rules are those of grace.study.claims."
+        f"Claims of {SOURCE} and of the cards of its released models, with their numbers (other "
+        "models, averages of other benchmarks). A difference holds, or does not, where p by Holm "
+        "is at most 0.05; a share where the whole interval is on one side of the paper's; a "
+        "correlation and CKA where it is on one side of 0. The rules are those of "
+        "grace.study.claims."
     ]
     header = ["claim", "bits", "the paper", "this study", "verdict"]
     return Section("The paper's claims", [Table(header, rows)], notes)
@@ -194,7 +210,8 @@ def _sweep(study: Study) -> Section | None:
     rows = []
     for name, found in sweep.items():
         for weights, totals in by_weights(found).items():
-            edge = " (at the edge)" if found["at_edge"] else ""
+            beyond = at_edge(found["chosen"], found["candidates"])
+            edge = f" (at the edge: {', '.join(beyond)})" if beyond else ""
             best = weights == named(found["chosen"], found["candidates"])
             chosen = f"{found['chosen'][RATE]:g}{edge}" if best else ""
             cells = [f"{totals[rate]:.0f}" if rate in totals else "" for rate in rates]

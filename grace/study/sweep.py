@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from grace.study.arms import FULL, METHODS, Arm
-from grace.study.candidates import RATE
+from grace.study.arms import FULL, METHODS, Arm, arms_of
+from grace.study.candidates import RATE, at_edge
 from grace.study.config import StudyConfig
-from grace.study.task import Task
+from grace.study.task import METRICS, Task
+from grace.training.callbacks import read_metrics
+from grace.training.config import PRESETS
 
 
 def swept_methods(config: StudyConfig) -> list[str]:
@@ -50,13 +53,17 @@ def sweep_tasks(config: StudyConfig, root: Path, device: str, until: float | Non
     ]
 
 
-def choose(config: StudyConfig, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def choose(
+    config: StudyConfig, results: Sequence[Mapping[str, Any]], folders: Sequence[Path] = ()
+) -> dict[str, Any]:
     """For everything swept the candidate with the highest validation score (the first of two
     alike), by the arm's name.
 
     Args:
         config: the study.
         results: of all of `sweep_tasks`, in their order.
+        folders: theirs; of the one that is chosen `beta` keeps the mean over its steps, which is
+            what an arm without the controller is given.
     """
     assert config.sweep is not None
     count = len(config.sweep.learning_rates)
@@ -65,8 +72,8 @@ def choose(config: StudyConfig, results: Sequence[Mapping[str, Any]]) -> dict[st
         own = results[number * count : (number + 1) * count]
         tried = config.sweep.of(arm.method, METHODS[arm.method].tuned_as)
         totals = [result["score"]["total"] for result in own]
-        chosen = tried[totals.index(max(totals))]
-        rates = [each[RATE] for each in tried]
+        best = totals.index(max(totals))
+        chosen = tried[best]
         found[arm.name] = {
             "method": arm.method,
             "seed": config.sweep.seed,
@@ -74,10 +81,15 @@ def choose(config: StudyConfig, results: Sequence[Mapping[str, Any]]) -> dict[st
             "candidates": tried,
             "totals": totals,
             "chosen": chosen,
-            # The best may lie beyond what was tried.
-            "at_edge": chosen[RATE] in (min(rates), max(rates)),
+            "at_edge": at_edge(chosen, tried),
+            "beta": _mean_beta(folders[number * count + best]) if folders else None,
         }
     return found
+
+
+def _mean_beta(folder: Path) -> float | None:
+    betas = [row["beta"] for row in read_metrics(folder / METRICS) if "beta" in row]
+    return fmean(betas) if betas else None
 
 
 def told(config: StudyConfig) -> list[str]:
@@ -94,10 +106,23 @@ def told(config: StudyConfig) -> list[str]:
     if config.tuned:
         fixed = "; ".join(f"{name}: {_options(own)}" for name, own in config.tuned.items())
         lines.append(f"Set beforehand, and not swept here: {fixed}.")
+    if apart := _departures(config):
+        lines.append(f"GRACE here is not GRACE as published: {apart}.")
+    lines += config.notes
     variants = [m for m in config.arms if _is_variant(m)]
     if variants and not config.sweep.ablations:
         lines.append(f"{', '.join(variants)} take the options of grace.")
     return lines
+
+
+def _departures(config: StudyConfig) -> str:
+    """Options of GRACE that the study sets, beside those that are swept, and the paper's values."""
+    paper, found = PRESETS["paper"], list[str]()
+    for arm in arms_of(config):
+        if arm.method == "grace":
+            own = config.options_of("grace", arm.name)
+            found += [f"{k} {v} (paper {paper[k]})" for k, v in own.items() if v != paper.get(k, v)]
+    return ", ".join(dict.fromkeys(found))
 
 
 def _options(options: Mapping[str, Any]) -> str:

@@ -230,26 +230,24 @@ def training_config(task: Task, **options: Any) -> GraceConfig:
 
 def tuned_options(task: Task) -> dict[str, Any]:
     """Those of `tuned`, of the method it is tuned as and its own, over what the sweep chose."""
-    arm = task.arm
+    arm, sweep = task.arm, task.config.sweep
     found: dict[str, Any] = {}
-    base = METHODS[arm.method].tuned_as
-    sweep = task.config.sweep
-    chosen = swept_options(task.root) if sweep is not None else {}
-    for method in filter(None, (base, arm.method)):
-        suffix = f"-{arm.bits}" if arm.quantized else ""
-        if sweep is not None:
-            at = f"-{sweep.bits_for(arm.bits)}" if arm.quantized else ""
-            found |= chosen.get(f"{method}{at}", {})
-        found |= task.config.options_of(method, f"{method}{suffix}")
+    swept = _swept(task.root) if sweep is not None else {}
+    at = f"-{sweep.bits_for(arm.bits)}" if sweep is not None and arm.quantized else ""
+    for method in filter(None, (METHODS[arm.method].tuned_as, arm.method)):
+        entry = swept.get(f"{method}{at}", {})
+        found |= entry.get("chosen", {})
+        found |= task.config.options_of(method, f"{method}-{arm.bits}" if arm.quantized else method)
+        if method != arm.method and not arm.training_options().get("adaptive_beta", True):
+            # As large, on average, as the controller's: else an ablation is of β's size.
+            found |= {"beta_init": entry["beta"]} if entry.get("beta") else {}
     return found
 
 
-def swept_options(root: Path) -> dict[str, dict[str, Any]]:
-    """The options that the sweep chose, by arm that was swept; none before it is done."""
+def _swept(root: Path) -> dict[str, dict[str, Any]]:
+    """What the sweep found, by arm that was swept; nothing before it is done."""
     path = root / SWEEP
-    if not path.is_file():
-        return {}
-    return {name: found["chosen"] for name, found in json.loads(path.read_text()).items()}
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def teacher_dtype(config: GraceConfig) -> torch.dtype:

@@ -13,9 +13,9 @@ import pytest
 
 from grace.study import claims as c
 from grace.study.answers import entropy_error
-from grace.study.comparisons import ABOVE, BELOW, compare, counterpart, partners
+from grace.study.comparisons import ABOVE, BELOW, ONE_SEED, compare, counterpart, partners
 from grace.study.report import findings, write_report
-from grace.study.resampling import Resampled
+from grace.study.resampling import Interval, Resampled
 from grace.study.sections import sections
 
 SWEEP = {
@@ -126,6 +126,41 @@ def test_claims_fail_where_the_numbers_say_the_opposite() -> None:
     assert even["distillation is above training on without a teacher, unquantized"] == c.FAILS
 
 
+def test_one_seed_says_nothing_about_methods() -> None:
+    arms = [{**arm, "seeds": arm["seeds"][:1]} for arm in make_arms()]
+    resampled = Resampled(arms, draws=4000)
+    by_pair = {(item.arm, item.to): item for item in compare(arms, resampled)}
+    assert by_pair["grace-4", "rtn-4"].verdict == ONE_SEED
+    assert by_pair["rtn-4", "student"].verdict == BELOW  # neither has any
+    found = verdicts(arms)
+    for text in (
+        "GRACE is above round-to-nearest",
+        "quantized GRACE keeps 97.8% of the distilled student",
+        "RCKA brings visual tokens nearer to the teacher's (CKA)",
+    ):
+        assert found[text] == ONE_SEED, text
+    # Another seed of one trained arm tells of all that trained, if roughly.
+    for arm, full in zip(arms, make_arms(), strict=True):
+        if arm["name"] == "qat-4":
+            arm["seeds"] = full["seeds"]
+    assert verdicts(arms)["GRACE is above round-to-nearest"] == c.UNSEPARATED
+
+
+def test_alignment_is_read_against_its_spread_between_seeds() -> None:
+    def arms(*after: float) -> list[dict[str, Any]]:
+        made = make_arms()
+        for arm in made:
+            for seed, item in enumerate(arm["seeds"]):
+                value = after[seed] if arm["name"] == "grace-4" else 0.6
+                item["cka"] = {"before": 0.5, "after": value}
+        return made
+
+    text = "RCKA brings visual tokens nearer to the teacher's (CKA)"
+    assert verdicts(arms(0.9, 0.91))[text] == c.HOLDS
+    assert verdicts(arms(0.3, 0.31))[text] == c.FAILS
+    assert verdicts(arms(0.65, 0.9))[text] == c.UNSEPARATED  # of two seeds, 12.7 standard errors
+
+
 def test_the_numbers_decide_and_nothing_else() -> None:
     """The paper's own numbers stand at its bits only, and verdicts follow intervals."""
     arms = make_arms()
@@ -190,8 +225,10 @@ def test_the_report_holds_everything_and_stands_alone(run: list[Path]) -> None:
         assert f"![{name}]({name}.png)" in markdown
     for text in (
         "## Paired differences", "## The paper's claims", "| GRACE is above round-to-nearest | 4 |",
-        "Pearson's r", "the paper has 0.484", "0.001 (at the edge)", "Nothing else is swept.",
-        "| GRACE, 4 bits | 0.500 | 0.900 | +0.400 |", "Another?", "At most 2 seeds",
+        "Pearson's r", "the paper has 0.484", "0.001 (at the edge: learning_rate)",
+        "0.0001 (at the edge: learning_rate, beta_init)", "Nothing else is swept.",
+        "| GRACE, 4 bits | 0.500 | 0.900 | +0.400 |", "Another?",
+        "by Student's t with the variance between seeds", "quantize to one grid, symmetric",
     ):  # fmt: skip
         assert text in markdown, text
 
@@ -245,10 +282,18 @@ def test_a_teacher_without_errors_has_no_correlation(whole: dict) -> None:
     made = findings({**whole, "teacher_entropy": summary})
     notes = [s.notes for s in sections(whole, made) if s.heading.startswith("The teacher")]
     assert notes == [["The teacher has 0 of 50 answers wrong: nothing can go with its entropy."]]
-    known = entropy_error({"teacher_entropy": {**summary, "errors": 9, "r": 0.4}}, None)
+    of = {**summary, "questions": 500, "errors": 40, "r": 0.4, "low": 0.3, "high": 0.5}
+    known = entropy_error({"teacher_entropy": of}, None)
     assert known is not None
-    assert known.r is not None
-    assert known.r.low < 0.4 < known.r.high
+    assert known.r == Interval(0.4, 0.3, 0.5)
+    text = "the teacher errs where its entropy is high"
+    assert verdicts(make_arms(), known)[text] == c.HOLDS
+    few = entropy_error({"teacher_entropy": {**of, "errors": c.FEWEST - 1}}, None)
+    assert verdicts(make_arms(), few)[text] == c.UNSEPARATED
+    without = {name: of[name] for name in summary}  # of a study that kept no interval
+    assert verdicts(make_arms(), entropy_error({"teacher_entropy": without}, None))[text] == (
+        c.UNSEPARATED
+    )
 
 
 def test_a_questions_file_that_is_none(whole: dict, tmp_path: Path) -> None:
@@ -283,3 +328,10 @@ def test_charts_of_many_arms_have_a_panel_a_number_of_bits(tmp_path: Path) -> No
         assert sizes["many", chart][1] == 2 * sizes["few", chart][1], chart
     # A line of panels for what is not quantized and for each number of bits.
     assert sizes["many", "curves"][1] * 2 == sizes["few", "curves"][1] * 4
+    text = {name: (tmp_path / name / "report.md").read_text() for name in ("few", "many")}
+    head = "| method | not quantized | 4 bits | 3 bits | 2 bits |"
+    assert head in text["many"]
+    assert head not in text["few"]
+    row = next(line for line in text["many"].split(head)[1].splitlines() if "| GRACE |" in line)
+    total = Resampled([*few, *more]).total("grace-3")
+    assert row.split("|")[4].strip() == f"{total.value:.0f} [{total.low:.0f}, {total.high:.0f}]"

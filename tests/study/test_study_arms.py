@@ -100,7 +100,7 @@ def test_the_sweep_takes_the_best_rate_of_the_validation_split(
     found = choose(every, results)
     chosen = [entry["chosen"] for entry in found.values()]
     assert chosen == [{"learning_rate": rate} for rate in (1e-3, 1e-4, 1e-2, 1e-4)]
-    assert [entry["at_edge"] for entry in found.values()] == [False, True, True, True]
+    assert [entry["at_edge"] for entry in found.values()] == [[], *[["learning_rate"]] * 3]
     (tmp_path / "sweep.json").write_text(json.dumps(found))
     rates = {
         arm.name: worker.training_config(_task(every, tmp_path, arm)).learning_rate
@@ -158,8 +158,46 @@ def test_a_sweep_tries_weights_of_terms_with_the_same_budget(
         ValueError, match=r"candidates\.kd must be 2 times options with a learning_"
     ):
         SweepConfig((1e-4, 1e-3), {"kd": kd[:1]})
-    with pytest.raises(ValueError, match="omega of grace must be swept or tuned, got both"):
-        replace(every, tuned={"grace": {"omega": 2.0}})
+    assert "not GRACE as published: beta_dkd 0.1 (paper 4.0), tau 0.5 (paper 0.35)." in said
+    assert "Tried before." in told(replace(every, notes=("Tried before.",)))
+    assert replace(every, notes=("Tried before.",)).fingerprint() == every.fingerprint()
+    for name, options, named in (
+        ("grace", {"omega": 2.0}, "omega of grace"),
+        ("grace-4", {"omega": 2.0}, "omega of grace-4"),
+        ("qat", {"learning_rate": 1.0}, "learning_rate of qat"),
+        ("qat-2", {"learning_rate": 1.0}, "learning_rate of qat-2"),
+    ):
+        with pytest.raises(ValueError, match=f"{named} must be swept or tuned, got both"):
+            replace(every, tuned={name: options})
+    variant = {"grace-no-rcka": {"learning_rate": 1.0}}  # it is not swept itself
+    assert replace(every, tuned=variant).tuned == variant
+
+
+def test_a_fixed_beta_is_as_large_as_the_controller_s(config: StudyConfig, tmp_path: Path) -> None:
+    """Else the ablation would be one of how much the teacher counts."""
+    every = replace(
+        config,
+        arms=("grace", "grace-fixed-beta"),
+        ptq_from=("student",),
+        bits=(4,),
+        sweep=SweepConfig((1e-4, 1e-3)),
+        tuned={"grace": {"beta_init": 4.0, "beta_max": 9.0}},
+    )
+    tasks = sweep_tasks(every, tmp_path, "cpu", None)
+    fixed = _task(every, tmp_path, Arm("grace-fixed-beta", 4))
+    assert worker.training_config(fixed).beta_init == 4.0
+    for task, betas in zip(tasks, ([1.0, 2.0], [5.0, 7.0]), strict=True):
+        task.folder.mkdir(parents=True)
+        rows = [json.dumps({"step": step, "beta": beta}) for step, beta in enumerate(betas)]
+        (task.folder / "metrics.jsonl").write_text("".join(f"{row}\n" for row in rows))
+    results = [{"score": {"total": total, "questions": 36}} for total in (1, 2)]
+    found = choose(every, results, [task.folder for task in tasks])
+    (tmp_path / "sweep.json").write_text(json.dumps(found))
+    assert found["grace-4"]["beta"] == 6.0
+    assert worker.training_config(fixed).beta_init == 6.0
+    assert not worker.training_config(fixed).adaptive_beta
+    adaptive = worker.training_config(_task(every, tmp_path, Arm("grace", 4)))
+    assert adaptive.beta_init == 4.0
 
 
 def test_a_sweep_runs_before_the_arms(done: Path, config: StudyConfig, tmp_path: Path) -> None:
