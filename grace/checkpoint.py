@@ -204,7 +204,9 @@ def check_target(target: Path, overwrite: bool) -> None:
     if not target.is_dir() or not any(target.iterdir()):
         return
     if not overwrite:
-        raise ValueError(f"export: dst must be empty (or overwrite=True), got {target}")
+        raise ValueError(
+            f"checkpoint: {target} must be new or empty, or overwritten on purpose (--overwrite)"
+        )
     # overwrite removes the whole directory: never one that is something else than a checkpoint.
     if not (target / "config.json").is_file():
         raise ValueError(f"export: dst must hold a checkpoint to overwrite, got {target}")

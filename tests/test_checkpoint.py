@@ -144,7 +144,7 @@ def test_only_checkpoints_are_overwritten(tmp_path: Path):
     target.mkdir()
     with written_whole(target) as partial:  # an empty directory is taken
         (partial / "letter").write_text("dear")
-    for overwrite, message in [(False, "dst must be empty"), (True, "must hold a checkpoint")]:
+    for overwrite, message in [(False, "must be new or empty"), (True, "must hold a checkpoint")]:
         with pytest.raises(ValueError, match=message), written_whole(target, overwrite):
             pass
     with (

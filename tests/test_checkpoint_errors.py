@@ -391,7 +391,7 @@ def test_a_place_that_is_taken(
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "letter").write_text("dear")
     for options, message in [
-        ([], "dst must be empty (or overwrite=True), got"),
+        ([], "must be new or empty, or overwritten on purpose"),
         (["--overwrite"], "dst must hold a checkpoint to overwrite, got"),
     ]:
         with pytest.raises(SystemExit) as stop:

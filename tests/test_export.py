@@ -194,7 +194,7 @@ def test_nothing_is_left_of_a_failed_export(tmp_path: Path, monkeypatch: pytest.
 def test_existing_directories_are_not_touched(tmp_path: Path):
     model = quantized()
     grace.export(model, tmp_path / "out")
-    with pytest.raises(ValueError, match="dst must be empty"):
+    with pytest.raises(ValueError, match="must be new or empty"):
         grace.export(model, tmp_path / "out")
     assert grace.export(model, tmp_path / "out", overwrite=True).ok
     with pytest.raises(ValueError, match="dst must not hold src"):

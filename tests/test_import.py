@@ -373,7 +373,7 @@ def test_companions_come_along_and_targets_are_respected(exported: Path, tmp_pat
     import_published(exported, tmp_path / "out")
     expected = {"chat_template.jinja", "tokenizer_config.json", "generation_config.json"}
     assert expected < listing(tmp_path / "out")
-    with pytest.raises(ValueError, match="dst must be empty"):
+    with pytest.raises(ValueError, match="must be new or empty"):
         import_published(exported, tmp_path / "out")
     with pytest.raises(ValueError, match="dst must not hold src"):
         import_published(exported, exported, overwrite=True)

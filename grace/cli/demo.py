@@ -18,7 +18,7 @@ def demo(
 ) -> None:
     """Show a page that asks one model, or two side by side, about an image.
 
-    Needs grace-vlm[demo].
+    Needs the extra demo of grace-vlm.
     """
     import importlib.util
 

@@ -54,6 +54,8 @@ def rows(
     from grace.evaluation.drawn import benchmark as drawn
     from grace.evaluation.drawn.levels import LEVELS
 
+    if split not in ("train", "validation"):
+        raise ValueError(f"draw: --split must be train or validation, got {split!r}")
     file = drawn.training_rows(
         out,
         images=images,

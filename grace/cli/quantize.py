@@ -16,7 +16,9 @@ def quantize(
     images: Annotated[Path | None, typer.Option(help="Their images; default beside DATA.")] = None,
     samples: Annotated[int, typer.Option(help="Rows to calibrate with.", min=1)] = 128,
     batch_size: Annotated[int, typer.Option(help="Rows a forward pass.", min=1)] = 4,
-    max_length: Annotated[int, typer.Option(help="Tokens of a row; longer ones are cut.")] = 2048,
+    max_length: Annotated[
+        int, typer.Option(help="Tokens of a row; longer ones are cut.", min=1)
+    ] = 2048,
     bits: Annotated[int, typer.Option(help="2 to 8; 4 and 8 can be packed.")] = 4,
     group_size: Annotated[int, typer.Option(help="Columns that share a scale; -1: a row.")] = 128,
     act_order: Annotated[
@@ -39,6 +41,14 @@ def quantize(
     from grace.ptq.rows import calibration_batches
 
     check_target(target, overwrite)
+    if method not in ptq.METHODS:
+        raise ValueError(
+            f"quantize: --method must be one of {', '.join(ptq.METHODS)}, got {method!r}"
+        )
+    if method == "rtn" and data is not None:
+        raise ValueError(
+            f"quantize: --data must not be given with rtn, which reads none, got {data}"
+        )
     if method != "rtn" and data is None:
         raise ValueError(f"quantize: {method} must have --data to calibrate with, got none")
     model, processor = load_model(str(source), dtype, device, fuse=False)

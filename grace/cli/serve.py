@@ -25,7 +25,7 @@ def serve(
 ) -> None:
     """Serve a model by `transformers serve`: POST /v1/chat/completions, streaming or not.
 
-    Needs grace-vlm[serve].
+    Needs the extra serve of grace-vlm.
     """
     from grace.integrations import serving
     from grace.loading import bad_config_told

@@ -53,7 +53,7 @@ def run(
     """Run a study, or what is left of it, and write its study.json and report.
 
     A run that was stopped or killed goes on with the same command. A folder holds one
-    configuration; only seeds, arms and bits may be added to it.
+    configuration; only seeds, arms, bits and ptq_from may be added to it.
     """
     import time
 

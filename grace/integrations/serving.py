@@ -7,6 +7,7 @@ checkpoint to transformers' loader, which multiplies the weights out at the firs
 from __future__ import annotations
 
 import importlib.util
+import time
 from typing import Any
 
 PACKAGES = ("fastapi", "openai", "pydantic", "uvicorn")
@@ -49,6 +50,15 @@ def serve(model: str, *, fuse: bool = True, lm_head_bits: int | None = None, **o
                 grace.nn.fuse(loaded)
             return loaded
 
+        @staticmethod
+        def get_gen_models(  # type: ignore[override]  # transformers caches it
+            cache_dir: str | None = None,
+        ) -> list[dict[str, Any]]:
+            """The one model that is served: transformers lists the hub's cache, and fails where
+            there is none."""
+            return [{"id": model, "object": "model", "created": started, "owned_by": "grace"}]
+
+    started = int(time.time())
     stock = model_manager.ModelManager
     model_manager.ModelManager = Manager  # type: ignore[misc]
     try:

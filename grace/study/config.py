@@ -283,6 +283,14 @@ class StudyConfig:
                 "study: make must be given without models and with benchmark drawn, got "
                 f"models {self.models} and benchmark {self.benchmark}"
             )
+        if self.make is not None:
+            for name in ("width", "inner"):
+                value = getattr(self.make.student, name)
+                if self.group_size > 0 and value % self.group_size:
+                    raise ValueError(
+                        f"study: group_size must divide make.student.{name} ({value}), got "
+                        f"{self.group_size}"
+                    )
         if self.processes is not None:
             _at_least("study", processes=(self.processes, 1))
 

@@ -30,7 +30,7 @@ from grace.training.summary import lines, summarize, write_summary
 from grace.training.teacher_cache import CachedTeacher, TeacherCache, origin
 
 _log = logging.getLogger(__name__)
-FINAL = "final"
+FINAL, FACTS = "final", "grace_training.json"
 
 
 def run(config: RunConfig) -> Path:
@@ -50,6 +50,9 @@ def run(config: RunConfig) -> Path:
             f"train: output_dir must not hold another run, got {output}; choose another or give "
             "resume_from_checkpoint=true"
         )
+    if resume and _is_done(config, output, resume):
+        _log.warning("train: %s is done, nothing was changed", output)
+        return output / FINAL
     require_writable(output)
     with memory.explained_while_loading():
         trainer = build(config)
@@ -71,6 +74,23 @@ def _resume_point(value: Any, output: Path) -> bool | str | None:
     if isinstance(value, str) and value.lower() == "auto":
         return True if output.is_dir() and get_last_checkpoint(str(output)) else None
     return words.get(value.lower(), value) if isinstance(value, str) else value
+
+
+def _is_done(config: RunConfig, output: Path, resume: bool | str) -> bool:
+    """Whether the checkpoint to go on from is the last one of a run whose end is saved, and no more
+    is asked for: Trainer would make a step beyond it."""
+    last = get_last_checkpoint(str(output)) if resume is True and output.is_dir() else resume
+    facts = output / FINAL / FACTS
+    if not isinstance(last, str) or not facts.is_file():
+        return False
+    path = Path(last) / "trainer_state.json"
+    state = json.loads(path.read_text()) if path.is_file() else {}
+    done, planned = state.get("global_step", -1), state.get("max_steps", 0)
+    if done < planned or json.loads(facts.read_text())["steps"] != done:
+        return False
+    if config.training.max_steps > 0:
+        return config.training.max_steps <= done
+    return config.training.num_train_epochs <= state.get("num_train_epochs", 0)
 
 
 def _report(trainer: Any, output: Path, seconds: float) -> None:
@@ -171,7 +191,7 @@ def save_final(trainer: Any, directory: Path) -> Path:
     trainer.save_model(str(beside))
     if trainer.args.should_save:
         facts = {"steps": trainer.state.global_step, "modules": trainer.quantized}
-        (beside / "grace_training.json").write_text(json.dumps(facts, indent=1))
+        (beside / FACTS).write_text(json.dumps(facts, indent=1))
         publish(beside, directory)
     trainer.accelerator.wait_for_everyone()
     return directory

@@ -42,7 +42,7 @@ def test_export_then_verify(trained: Path, tmp_path: Path, capsys: pytest.Captur
         (("export", "nowhere", "out"), "must be a directory, got nothing"),
         (("export", "trained", "out", "--format", "gguf"), "format must be one of"),
         (("export", "trained", "out", "--dtype", "int8"), "dtype must be one of"),
-        (("export", "trained", "full"), "dst must be empty"),
+        (("export", "trained", "full"), "must be new or empty"),
         (("verify", "nowhere"), "must be a directory, got nothing"),
         (("verify", "full"), "config.json must exist"),
     ],

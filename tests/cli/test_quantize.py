@@ -52,7 +52,8 @@ def test_quantize_then_export(folder: Path, capsys: pytest.CaptureFixture) -> No
     ("arguments", "message"),
     [
         (("--method", "gptq"), "gptq must have --data to calibrate with"),
-        (("--method", "spqr", "--data", "rows/train.json"), "method must be one of rtn, gptq, awq"),
+        (("--method", "spqr"), "--method must be one of rtn, gptq, awq, got 'spqr'"),
+        (("--method", "rtn", "--data", "absent.json"), "--data must not be given with rtn"),
         (
             ("--method", "gptq", "--data", "absent.json"),
             "must be a file, got nothing at absent.json",

@@ -96,6 +96,13 @@ def ask(url: str, row: Any, **options: Any) -> str:
 
 
 @needs_server
+def test_the_one_model_is_listed(url: str, packed: Path):
+    with urllib.request.urlopen(f"{url}/v1/models", timeout=SECONDS) as reply:
+        listed = json.loads(reply.read())
+    assert [model["id"] for model in listed["data"]] == [str(packed)]
+
+
+@needs_server
 def test_chat_completions_are_the_model_s_answers(url: str, packed: Path, rows: list[Any]):
     model = transformers.AutoModelForImageTextToText.from_pretrained(packed)
     processor = transformers.AutoProcessor.from_pretrained(packed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,32 @@ def test_a_stopped_run_says_how_to_go_on(
     monkeypatch.undo()
     assert _train(config, "resume_from_checkpoint=auto") == 0
     assert (tmp_path / "run" / "final").is_dir()
+
+
+def test_a_run_that_is_done_is_not_trained_further(config: Path, tmp_path: Path) -> None:
+    """A scheduler may start it again; more steps are made where they are asked for."""
+    output = tmp_path / "run"
+
+    def content() -> dict[str, bytes]:
+        names = ("final/model.safetensors", "final/grace_training.json", "metrics.jsonl")
+        return {name: (output / name).read_bytes() for name in names}
+
+    def steps() -> int:
+        return json.loads((output / "final" / "grace_training.json").read_text())["steps"]
+
+    options = ("lr_scheduler_type=constant", "save_strategy=steps", "save_steps=1")
+    assert _train(config, "max_steps=2", *options) == 0
+    before, checkpoints = content(), sorted(output.glob("checkpoint-*"))
+    for way in ("auto", "true", str(output / "checkpoint-2")):
+        assert _train(config, "max_steps=2", *options, f"resume_from_checkpoint={way}") == 0
+        assert content() == before
+        assert sorted(output.glob("checkpoint-*")) == checkpoints
+    assert _train(config, "max_steps=3", *options, "resume_from_checkpoint=auto") == 0
+    assert steps() == 3
+    # Where the end was not saved it is made.
+    shutil.rmtree(output / "final")
+    assert _train(config, "max_steps=3", *options, "resume_from_checkpoint=auto") == 0
+    assert (output / "final").is_dir()
 
 
 @pytest.mark.parametrize("rows", ["[]", "{", ""])

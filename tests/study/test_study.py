@@ -186,6 +186,13 @@ def test_on_one_gpu_models_are_made_side_by_side(
         assert facts["seconds"] > 1e6  # what the part before the interruption took, and the rest
 
 
+def test_groups_must_fit_the_student_that_is_made(config: StudyConfig) -> None:
+    with pytest.raises(
+        ValueError, match=r"group_size must divide make.student.width \(\d+\), got 7"
+    ):
+        replace(config, group_size=7)
+
+
 def test_ranks_must_divide_a_batch(config: StudyConfig, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"make.teacher.batch_images must be a multiple of the 3"):
         ranks.make_together(config, tmp_path, "teacher", "cpu", None, 3)
