@@ -355,6 +355,7 @@ def _hash(facts: dict[str, Any]) -> str:
 
 # What studies/quickstart/tuning chose, where it is not a default; for the bits nearest to an arm's.
 _DEFAULT = StudyConfig(
+    ptq_from=("student", "control"),
     tuned={
         "kd-2": {"beta_init": 0.5},
         "grace": {
