@@ -376,7 +376,7 @@ _DEFAULT = StudyConfig(
             "beta_min": 0.1,
             "beta_max": 5.0,
         },
-    }
+    },
 )
 SCALES: dict[str, StudyConfig] = {
     "default": _DEFAULT,

@@ -2,9 +2,10 @@
 
 A composition is a tuple such as ("color", "red", "star") or ("count", 3, "red", "heart"). Its parts
 occur in training (every color, every shape, every number), the held-out compositions themselves
-never: neither drawn nor named in a question, since a composition that is only ever named would be
-"no". Sums and programs are not held out: those that a small model can work out in one step are few.
-Nor are landscapes: of six skies, one under which a place is never seen tells of another place.
+never: neither drawn nor asked about, since a composition that is only ever named would be
+"no" (two colors of a house are named where phrases are translated). Sums and programs are not held
+out: those that a small model can work out in one step are few. Nor are landscapes: of six skies,
+one under which a place is never seen tells of another place.
 """
 
 from __future__ import annotations
