@@ -40,7 +40,7 @@ def pools(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_models_are_made_from_pictures_that_no_arm_sees(pools: Path, tmp_path: Path) -> None:
     size = ModelRecipe(16, 32, 2, 2, 16, 1, steps=3)
-    config = replace(CONFIG, make=MakeConfig(size, size, images=30))
+    config = replace(CONFIG, group_size=16, make=MakeConfig(size, size, images=30))
     pool.draw_pool(tmp_path / "p", pool.spec_of(config, pool.MAKING))
     made = pool.Pool(tmp_path / "p")
     assert len(_digests(tmp_path / "p")) == 30
