@@ -238,7 +238,9 @@ def tuned_options(task: Task) -> dict[str, Any]:
         entry = swept.get(f"{method}{at}", {})
         found |= entry.get("chosen", {})
         found |= task.config.options_of(method, f"{method}-{arm.bits}" if arm.quantized else method)
-        if method != arm.method and not arm.training_options().get("adaptive_beta", True):
+        swept_itself = f"{arm.method}{at}" in swept
+        fixed = not arm.training_options().get("adaptive_beta", True)
+        if method != arm.method and fixed and not swept_itself:
             # As large, on average, as the controller's: else an ablation is of β's size.
             found |= {"beta_init": entry["beta"]} if entry.get("beta") else {}
     return found
