@@ -223,6 +223,8 @@ def train(
     trainer.train(resume_from_checkpoint=last)
     if trainer.state.global_step < trainer.state.max_steps:
         raise OutOfTime(f"study: {folder.name} stopped at step {trainer.state.global_step}")
+    # Its forward stays under autocast otherwise, and rounds what is scored.
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     model.eval()
     return Trained(trainer.tokens, trainer.seconds)
 

@@ -12,6 +12,7 @@ import torch
 
 from grace.evaluation.drawn.models import make_model
 from grace.evaluation.tiny import Size
+from grace.study import questions, training, worker
 from grace.study.arms import Arm, quickstart_arms
 from grace.study.config import SCALES, StudyConfig
 from grace.study.data import PackedQuestions, cache_teacher, draw
@@ -20,6 +21,7 @@ from grace.study.options import from_dict
 from grace.study.report import read_study
 from grace.study.run import run_study
 from grace.study.statistics import pair_scores, paired_difference, subtask_errors, total_error
+from grace.study.task import Task, questions_of, training_data
 from grace.training import GraceConfig
 from grace.training.adapters import adapter_for
 from grace.training.step import Teacher, model_inputs, plan
@@ -172,3 +174,17 @@ def test_compiled_layers_compute_and_are_kept_the_same() -> None:
     (plain, grads), (fast, fast_grads) = losses
     assert fast == pytest.approx(plain, rel=1e-6)
     assert torch.allclose(fast_grads, grads, rtol=1e-4, atol=1e-7)
+
+
+def test_what_was_trained_in_bf16_is_scored_as_its_weights_are(
+    done: Path, config: StudyConfig, tmp_path: Path
+) -> None:
+    task = Task(Arm("control"), 0, config, done)
+    model = load(task.model_dir("student"))
+    options = worker.training_config(task, bf16=True, output_dir=str(tmp_path))
+    training.train(model, options, training_data(task), task.processor)
+    inputs = questions.on_device(questions_of(task).batches[0], model)
+    fresh = load(task.model_dir("student"))
+    fresh.load_state_dict(model.state_dict())
+    with torch.inference_mode():
+        assert torch.equal(model(**inputs).logits, fresh(**inputs).logits)
