@@ -79,6 +79,7 @@ METHODS: dict[str, Method] = {
     ),
 }
 CALIBRATED = ("gptq", "awq")
+UNTAUGHT = tuple(n for n, m in METHODS.items() if m.options is _CROSS_ENTROPY)  # no teacher
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,12 @@ within its subtask, and for all arms alike: differences are paired by image.
 
 What another seed would change is added to every draw of an arm with n of them: s · t / √n, with t
 drawn from Student's distribution. s² is the variance between seeds, pooled over arms of one kind
-(trained, or post-training) at one number of bits, with as many degrees of freedom as these have
-seeds less one each; where those are fewer than `LEAST_FREEDOM`, over all arms of the kind, or all
-with several seeds. Two or three seeds of one arm alone say little of their own spread: a bootstrap
-over them rejects true equality several times too often. s holds what seeds change on the very
-images, too, which the first level has already: intervals are a little too wide where seeds hardly
-matter.
+(trained under a teacher, trained without one, post-training) at one number of bits, with as many
+degrees of freedom as these have seeds less one each; where those are fewer than `LEAST_FREEDOM`,
+over all arms of the kind, or all with several seeds; and the arm's own where that is larger. Two or
+three seeds of one arm alone say little of their own spread: a bootstrap over them rejects true
+equality several times too often. s holds what seeds change on the very images, too, which the first
+level has already: intervals are a little too wide where seeds hardly matter.
 
 Where no arm has two seeds s is unknown (`Resampled.knows_seeds`): intervals then hold
 images only, and say nothing about methods.
@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from grace.study.arms import UNTAUGHT
 from grace.study.statistics import pair_scores
 
 DRAWS = 10_000
@@ -90,7 +91,11 @@ class Resampled:
                 groups = [places[other] for other in alike]
                 freedom = sum(len(group) - 1 for group in groups)
                 t = random.standard_t(freedom, draws) / np.sqrt(len(places[name]))
-                spread = {part: _pooled(scores, groups) for part, scores in by_seed.items()}
+                own = [places[name]] if len(places[name]) > 1 else groups
+                spread = {
+                    part: max(_pooled(scores, groups), _pooled(scores, own))
+                    for part, scores in by_seed.items()
+                }
                 self._seeds[name] = {part: t * size for part, size in spread.items()}
 
     def knows_seeds(self, name: str) -> bool:
@@ -172,12 +177,19 @@ def _alike(arm: Mapping[str, Any], arms: Sequence[Mapping[str, Any]]) -> list[st
     if not _has_seeds(arm):
         return None
     several = [a for a in arms if len(a["seeds"]) > 1]
-    kind = [a for a in several if a["trained"] == arm["trained"]]
+    kind = [a for a in several if _kind(a) == _kind(arm)]
     own = [a for a in kind if a["bits"] == arm["bits"]]
     for alike in (own, kind):
         if sum(len(a["seeds"]) - 1 for a in alike) >= LEAST_FREEDOM:
             return [a["name"] for a in alike]
     return [a["name"] for a in several]
+
+
+def _kind(arm: Mapping[str, Any]) -> str:
+    """Arms of a kind vary alike: a teacher can take one seed out of a plateau and leave another."""
+    if not arm["trained"]:
+        return "post-training"
+    return "untaught" if arm["method"] in UNTAUGHT else "taught"
 
 
 def _has_seeds(arm: Mapping[str, Any]) -> bool:

@@ -106,9 +106,10 @@ def _intervals(study: Study, resampled: Resampled) -> Section:
     notes = [
         f"95 % intervals: {DRAWS:,} bootstrap draws of pairs of twin images with their questions, "
         "within subtasks, and what another seed would change, by Student's t with the variance "
-        "between seeds of all arms of a kind at a number of bits. They speak of new pictures of "
-        "the same questions, and of this student and teacher. The spread is the standard deviation "
-        "of the total between seeds.",
+        "between seeds of all arms of a kind (trained under a teacher, trained without one, "
+        "post-training) at a number of bits, or the arm's own where that is larger. They speak of "
+        "new pictures of the same questions, and of this student and teacher. The spread is the "
+        "standard deviation of the total between seeds.",
     ]
     if seeds == 1:
         notes.append("One seed: what another would change is in no interval.")
