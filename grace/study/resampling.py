@@ -91,9 +91,9 @@ class Resampled:
                 groups = [places[other] for other in alike]
                 freedom = sum(len(group) - 1 for group in groups)
                 t = random.standard_t(freedom, draws) / np.sqrt(len(places[name]))
-                own = [places[name]] if len(places[name]) > 1 else groups
+                itself = [places[name]] if len(places[name]) > 1 else groups
                 spread = {
-                    part: max(_pooled(scores, groups), _pooled(scores, own))
+                    part: max(_pooled(scores, groups), _pooled(scores, itself))
                     for part, scores in by_seed.items()
                 }
                 self._seeds[name] = {part: t * size for part, size in spread.items()}

@@ -78,31 +78,29 @@ def test_the_spread_between_seeds_is_that_of_all_arms_of_a_kind() -> None:
     assert both == pytest.approx(same, rel=0.06)  # enough at 4 bits: others do not count
 
 
-def _width(name: str, *arms: dict) -> float:
-    found = Resampled(list(arms)).total(name)
-    return found.high - found.low
+def _of_seeds(name: str, *arms: dict) -> float:
+    """Standard deviation of what another seed would change."""
+    return float(np.std(Resampled(list(arms))._seeds[name]["count"]))
 
 
 def test_arms_without_a_teacher_have_a_spread_of_their_own() -> None:
     ways = (("1122", "1112", "1111"), ("1111", "2222", "0000"))
-    near, far = ([{"count": 50 * digits} for digits in three] for three in ways)
+    near, far = ([{"count": digits} for digits in three] for three in ways)
     qat = [studies.arm(f"qat-{b}", near, bits=b, trained=True) for b in (8, 4)]
     grace = [studies.arm(f"grace-{b}", far, bits=b, trained=True) for b in (8, 4)]
     control = studies.arm("control", near, trained=True)
-    alone = _width("control", control, *qat)
-    assert _width("control", control, *qat, *grace) == alone  # of QAT, at whatever bits
-    assert _width("grace-4", control, *qat, *grace) > 2 * alone
+    own = np.array([125.0, 87.5, 50.0]).std(ddof=1) / np.sqrt(3) * np.sqrt(6 / 4)  # t of 6
+    assert _of_seeds("control", control, *qat, *grace) == pytest.approx(own, rel=0.05)
+    assert _of_seeds("grace-4", control, *qat, *grace) > 2 * own
 
 
 def test_an_arm_that_varies_more_than_others_keeps_its_own_spread() -> None:
     near, far = ([{"count": d} for d in three] for three in (("11",) * 3, ("11", "22", "00")))
     calm = [studies.arm(name, near, bits=4, trained=True) for name in "bcde"]
     wild = studies.arm("a", far, bits=4, trained=True)
-    spread = np.array([50.0, 200.0, 0.0]).std(ddof=1) / np.sqrt(3)
-    drawn = np.std(Resampled([wild, *calm])._seeds["a"]["count"])
-    assert drawn == pytest.approx(spread * np.sqrt(10 / 8), rel=0.05)  # t of 10
-    pooled = np.std(Resampled([wild, *calm])._seeds["b"]["count"])
-    assert pooled == pytest.approx(drawn / np.sqrt(5), rel=0.05)
+    own = np.array([50.0, 200.0, 0.0]).std(ddof=1) / np.sqrt(3) * np.sqrt(10 / 8)  # t of 10
+    assert _of_seeds("a", wild, *calm) == pytest.approx(own, rel=0.05)
+    assert _of_seeds("b", wild, *calm) == pytest.approx(own / np.sqrt(5), rel=0.05)
 
 
 def test_with_one_seed_each_their_spread_is_unknown() -> None:
