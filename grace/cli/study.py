@@ -131,7 +131,7 @@ def report(
     run_dir: Annotated[Path, typer.Argument(help="Directory that holds study.json, or the file.")],
     svg: Annotated[bool, typer.Option("--svg", help="Charts as SVG, too.")] = False,
 ) -> None:
-    """Make report.md, the charts and report.html anew, from study.json (and questions.npz)."""
+    """Make report.md, the charts and report.html anew, from study.json."""
     from grace.study.report import print_report, read_study, write_report
 
     study = read_study(run_dir)

@@ -1,26 +1,18 @@
-"""questions.npz beside a study.json: single answers, and what the teacher's entropy says of them.
+"""Single answers of a study, and what the teacher's entropy says of its errors.
 
-    subtask, level, question, truth   text [Q]
-    image                             int [Q]; images 2k and 2k + 1 are twins
-    said.<arm>-s<seed>                text [Q]
-    right.<arm>-s<seed>               bool [Q]
-    entropy.<arm>-s<seed>             float [Q], of the answer's token, in nats
-
-The file is optional: a study without it is reported without what needs it.
+Answers are arrays by name, as `grace.study.gather` keeps them in questions.npz.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from grace.study.resampling import DRAWS, Interval, cluster_counts
 
-QUESTIONS = "questions.npz"
 PAPER_R = 0.484  # Pearson's r of the teacher's entropy and its errors, in the paper
 _BINS = 10
 Answers = Mapping[str, np.ndarray]
@@ -46,33 +38,13 @@ class EntropyError:
     bins: tuple[tuple[float, float, float], ...] = ()
 
 
-def read_answers(folder: Path) -> dict[str, np.ndarray] | None:
-    """The arrays of a folder's questions.npz, None where there is none.
-
-    Raises:
-        ValueError: a file that is none.
-    """
-    path = folder / QUESTIONS
-    if not path.is_file():
-        return None
-    try:
-        with np.load(path) as arrays:
-            return {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"study: {path} must hold arrays, got {error}") from error
-
-
-def entropy_error(study: Mapping[str, Any], answers: Answers | None) -> EntropyError | None:
-    """Of the study's teacher; from study.json's summary where single answers are not there, None
-    where neither is."""
-    name = next((key for key in answers or () if key.startswith("entropy.teacher")), None)
-    if answers is None or name is None:
-        return _summarized(study.get("teacher_entropy"))
-    entropy = answers[name].astype(np.float64)
-    wrong = ~answers[name.replace("entropy.", "right.")].astype(bool)
-    clusters = answers["image"] // 2
+def entropy_error(answers: Answers, teacher: str) -> EntropyError:
+    """Of the answers of `teacher`, named `teacher-s<seed>`, as in the paper's figure: the interval
+    is over pairs of twin images."""
+    entropy = answers[f"entropy.{teacher}"].astype(np.float64)
+    wrong = ~answers[f"right.{teacher}"].astype(bool)
     return EntropyError(
-        r=pearson(entropy, wrong.astype(np.float64), clusters),
+        r=pearson(entropy, wrong.astype(np.float64), answers["image"] // 2),
         questions=len(wrong),
         errors=int(wrong.sum()),
         mean=float(entropy.mean()),
@@ -81,12 +53,31 @@ def entropy_error(study: Mapping[str, Any], answers: Answers | None) -> EntropyE
     )
 
 
-def _summarized(found: Mapping[str, Any] | None) -> EntropyError | None:
+def as_json(found: EntropyError) -> dict[str, Any]:
+    """What study.json holds as `teacher_entropy`."""
+    r = found.r
+    return {
+        "questions": found.questions,
+        "errors": found.errors,
+        "mean": found.mean,
+        "r": r and r.value,
+        "low": r and r.low,
+        "high": r and r.high,
+        "deviations": found.deviations and list(found.deviations),
+        "bins": [list(each) for each in found.bins],
+    }
+
+
+def from_json(found: Mapping[str, Any] | None) -> EntropyError | None:
+    """The inverse of `as_json`; deviations and bins may be missing, and the interval, of which then
+    no more is known than that r is one."""
     if not found:
         return None
-    r = found["r"]  # a study without its interval knows no more than that r is one
+    r = found["r"]
     r = None if r is None else Interval(r, found.get("low", -1.0), found.get("high", 1.0))
-    return EntropyError(r, found["questions"], found["errors"], found["mean"])
+    deviations = tuple(found.get("deviations") or ()) or None
+    bins = tuple((x, share, error) for x, share, error in found.get("bins", ()))
+    return EntropyError(r, found["questions"], found["errors"], found["mean"], deviations, bins)
 
 
 def pearson(

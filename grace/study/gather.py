@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from grace.study.answers import pearson
+from grace.study.answers import as_json, disagreements, entropy_error
 from grace.study.arms import METHODS, Arm, arms_of
 from grace.study.config import StudyConfig
 from grace.study.questions import Questions
@@ -241,38 +241,15 @@ def _betas(tasks: Sequence[Task]) -> dict[str, dict[str, list[list[float]]]]:
 def _teacher_entropy(
     answers: Mapping[str, np.ndarray], tasks: Sequence[Task]
 ) -> dict[str, Any] | None:
-    """Whether the teacher errs where its answer's token has a high entropy: Pearson's r of entropy
-    and error over questions with its 95 % interval (None where it never errs, or always), as in the
-    paper's figure."""
+    """Whether the teacher errs where its answer's token has a high entropy."""
     names = [task.folder.name for task in tasks if task.arm.method == "teacher"]
-    if not names:
-        return None
-    entropy = answers[f"entropy.{names[0]}"].astype(np.float64)
-    error = ~answers[f"right.{names[0]}"]
-    r = pearson(entropy, error.astype(np.float64), answers["image"] // 2)
-    return {
-        "questions": int(error.size),
-        "errors": int(error.sum()),
-        "mean": float(entropy.mean()),
-        "r": r and r.value,
-        "low": r and r.low,
-        "high": r and r.high,
-    }
+    return as_json(entropy_error(answers, names[0])) if names else None
 
 
 def _telling(answers: Mapping[str, np.ndarray], names: Sequence[str]) -> list[int]:
-    """Questions that the teacher answers right and the other arms do not all answer alike: the
-    first of each subtask, of at most six; the very first question where there is none."""
-    students = [answers[f"said.{name}"] for name in names if not name.startswith("teacher-")]
-    differ = np.zeros(len(answers["truth"]), bool)
-    for said in students[1:]:
-        differ |= said != students[0]
-    for name in (name for name in names if name.startswith("teacher-")):
-        differ &= answers[f"right.{name}"]
-    first: dict[str, int] = {}
-    for index in np.flatnonzero(differ).tolist():
-        first.setdefault(str(answers["subtask"][index]), index)
-    return list(first.values())[:_EXAMPLES] or [0]
+    """Questions for the examples; the very first where none tells anything."""
+    students = [name for name in names if not name.startswith("teacher-")]
+    return (disagreements(answers, students, _EXAMPLES) if students else []) or [0]
 
 
 def _picture(task: Task, index: int) -> dict[str, Any]:

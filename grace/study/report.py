@@ -1,5 +1,4 @@
-"""The report of a study, made from study.json (and questions.npz beside it): Markdown, charts, one
-HTML file."""
+"""The report of a study, made from study.json: Markdown, charts, one HTML file."""
 
 from __future__ import annotations
 
@@ -9,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from grace.study.answers import Answers, entropy_error, read_answers
+from grace.study.answers import from_json
 from grace.study.arms import CALIBRATED, FULL
 from grace.study.charts import draw_charts, title
 from grace.study.claims import ABSENT, FAILS, HOLDS, claims
@@ -63,15 +62,15 @@ def write_report(path: Path, *, svg: bool = False) -> list[Path]:
     """Write `report.md`, the charts and `report.html` beside a study.json.
 
     Args:
-        path: the run directory, or its study.json; questions.npz beside it is used where it is.
+        path: the run directory, or its study.json.
         svg: every chart as SVG, too.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_study`, or a questions.npz that is none.
+        FileNotFoundError, ValueError: as `read_study`.
     """
     study = read_study(path)
     folder = path if path.is_dir() else path.parent
-    found = findings(study, read_answers(folder))
+    found = findings(study)
     wanted = charts_of(study, found.resampled, found.comparisons, found.entropy)
     charts = draw_charts(wanted, folder)
     drawn = list(charts.values())
@@ -84,12 +83,12 @@ def write_report(path: Path, *, svg: bool = False) -> list[Path]:
     return [markdown, *drawn, html]
 
 
-def findings(study: Mapping[str, Any], answers: Answers | None = None) -> Findings:
+def findings(study: Mapping[str, Any]) -> Findings:
     """What is computed of a study: intervals, comparisons, claims, the teacher's entropy."""
     arms = study["arms"]
     resampled = Resampled(arms)
     comparisons = compare(arms, resampled)
-    entropy = entropy_error(study, answers)
+    entropy = from_json(study.get("teacher_entropy"))
     return Findings(resampled, comparisons, claims(arms, comparisons, resampled, entropy), entropy)
 
 

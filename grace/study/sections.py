@@ -1,7 +1,7 @@
 """What a report holds, in order: sections of notes, tables, charts and examples.
 
 Markdown and HTML are two renderings of the same sections; every number in them comes from
-study.json (and questions.npz) by this file and those it imports.
+study.json by this file and those it imports.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from grace.study import claims as c
-from grace.study.answers import entropy_error
+from grace.study.answers import as_json, entropy_error, from_json
 from grace.study.comparisons import ABOVE, BELOW, ONE_SEED, compare, counterpart, partners
 from grace.study.report import findings, write_report
 from grace.study.resampling import Interval, Resampled
@@ -103,7 +103,7 @@ def verdicts(arms: list[dict[str, Any]], entropy: Any = None) -> dict[str, str]:
 
 def test_claims_hold_where_the_numbers_say_so() -> None:
     answers = studies.questions(np.random.default_rng(1))
-    found = verdicts(make_arms(), entropy_error({}, answers))
+    found = verdicts(make_arms(), entropy_error(answers, "teacher-s0"))
     assert found["GRACE is above round-to-nearest"] == c.HOLDS
     assert found["GRACE is above AWQ"] == c.HOLDS
     assert found["GRACE is above QAT without a teacher"] == c.HOLDS
@@ -177,11 +177,9 @@ def test_the_numbers_decide_and_nothing_else() -> None:
     assert c.side_of(interval, interval.high + 1e-6) == c.FAILS
 
 
-def write(folder: Path, study: dict[str, Any], answers: Any = None, **options: Any) -> list[Path]:
+def write(folder: Path, study: dict[str, Any], **options: Any) -> list[Path]:
     folder.mkdir()
     (folder / "study.json").write_text(json.dumps(study))
-    if answers is not None:
-        np.savez(folder / "questions.npz", **answers)
     return write_report(folder / "study.json", **options)
 
 
@@ -205,7 +203,8 @@ def whole() -> dict[str, Any]:
 def run(whole: dict, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Files of the report."""
     answers = studies.questions(np.random.default_rng(1))
-    return write(tmp_path_factory.mktemp("report") / "run", whole, answers, svg=True)
+    known = {**whole, "teacher_entropy": as_json(entropy_error(answers, "teacher-s0"))}
+    return write(tmp_path_factory.mktemp("report") / "run", known, svg=True)
 
 
 def test_the_report_holds_everything_and_stands_alone(run: list[Path]) -> None:
@@ -233,9 +232,8 @@ def test_the_report_holds_everything_and_stands_alone(run: list[Path]) -> None:
         assert text in markdown, text
 
 
-def test_every_byte_comes_from_the_study_s_files(run: list[Path], tmp_path: Path) -> None:
-    for name in ("study.json", "questions.npz"):
-        (tmp_path / name).write_bytes((run[0].parent / name).read_bytes())
+def test_every_byte_comes_from_study_json(run: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "study.json").write_bytes((run[0].parent / "study.json").read_bytes())
     for file in write_report(tmp_path):
         assert file.read_bytes() == (run[0].parent / file.name).read_bytes(), file.name
     assert not re.search(r"<dc:date>", (run[0].parent / "curves.svg").read_text())
@@ -276,31 +274,30 @@ def test_a_study_with_nothing_optional(tmp_path: Path) -> None:
 
 def test_a_teacher_without_errors_has_no_correlation(whole: dict) -> None:
     summary = {"questions": 50, "errors": 0, "mean": 0.1, "r": None}
-    found = entropy_error({"teacher_entropy": summary}, None)
+    found = from_json(summary)
     assert found is not None
     assert found.r is None
     made = findings({**whole, "teacher_entropy": summary})
     notes = [s.notes for s in sections(whole, made) if s.heading.startswith("The teacher")]
     assert notes == [["The teacher has 0 of 50 answers wrong: nothing can go with its entropy."]]
     of = {**summary, "questions": 500, "errors": 40, "r": 0.4, "low": 0.3, "high": 0.5}
-    known = entropy_error({"teacher_entropy": of}, None)
+    known = from_json(of)
     assert known is not None
     assert known.r == Interval(0.4, 0.3, 0.5)
     text = "the teacher errs where its entropy is high"
     assert verdicts(make_arms(), known)[text] == c.HOLDS
-    few = entropy_error({"teacher_entropy": {**of, "errors": c.FEWEST - 1}}, None)
+    few = from_json({**of, "errors": c.FEWEST - 1})
     assert verdicts(make_arms(), few)[text] == c.UNSEPARATED
     without = {name: of[name] for name in summary}  # of a study that kept no interval
-    assert verdicts(make_arms(), entropy_error({"teacher_entropy": without}, None))[text] == (
-        c.UNSEPARATED
+    assert verdicts(make_arms(), from_json(without))[text] == (c.UNSEPARATED)
+
+
+def test_what_study_json_keeps_of_the_entropy_is_all_of_it() -> None:
+    found = entropy_error(studies.questions(np.random.default_rng(1)), "teacher-s0")
+    assert from_json(json.loads(json.dumps(as_json(found)))) == found
+    assert sum(share for _, share, _ in found.bins) == pytest.approx(
+        10 * found.errors / found.questions
     )
-
-
-def test_a_questions_file_that_is_none(whole: dict, tmp_path: Path) -> None:
-    (tmp_path / "study.json").write_text(json.dumps(whole))
-    (tmp_path / "questions.npz").write_text("dear")
-    with pytest.raises(ValueError, match=r"questions.npz must hold arrays"):
-        write_report(tmp_path)
 
 
 def test_charts_of_many_arms_have_a_panel_a_number_of_bits(tmp_path: Path) -> None:
