@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
+from grace.generation.names import CACHE
 from grace.generation.reports import Reports
 from grace.generation.steps import MOST_EOS, PlainSteps, StaticSteps
 from grace.generation.timing import Clock, Timing
@@ -68,7 +69,7 @@ class Answer:
         """The prompt through the model: logits [rows, vocabulary] and the arguments behind it."""
         if static is not None:
             static.cache.filling = True
-            arguments["past_key_values"] = static.cache
+            arguments[CACHE] = static.cache
         inputs = self.model.prepare_inputs_for_generation(
             self.ids, is_first_iteration=True, **arguments
         )

@@ -16,6 +16,7 @@ _REFUSED = (
     "inputs_embeds",
     "negative_prompt_ids",
     "past_key_values",
+    "cache",
     "prompt_lookup_num_tokens",
     "synced_gpus",
 )

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from grace.generation.cache import SharedCache
+from grace.generation.names import CACHE
 from grace.nn.fused_linear import FusedLinear
 from grace.nn.fusion import FusedMLP
 from grace.nn.packed_linear import PackedLinear
@@ -74,11 +75,10 @@ class Layer:
         *args: Any,
         position_embeddings: Any = None,
         attention_mask: Any = None,
-        past_key_values: Any = None,
         **kwargs: Any,
     ) -> Any:
         """As the layer's: [rows, tokens, hidden] → the same."""
-        given = hidden_states, position_embeddings, attention_mask, past_key_values
+        given = hidden_states, position_embeddings, attention_mask, kwargs.get(CACHE)
         x = None if args else self._attended(*given, kwargs)
         if x is not None:
             return self._mlp(self._mlp_norm(x), x)
@@ -87,7 +87,6 @@ class Layer:
             *args,
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             **kwargs,
         )
 

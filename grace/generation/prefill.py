@@ -15,6 +15,7 @@ from grace.generation import fast, prompts
 from grace.generation.cache import SharedCache
 from grace.generation.graphs import captured
 from grace.generation.layers import replaced
+from grace.generation.names import CACHE
 
 logger = logging.getLogger(__name__)
 
@@ -72,8 +73,8 @@ class Prefill:
         else:
             with self._as_captured(bucket):
                 bucket.step(forward)
-        hidden: Any = bucket.hidden[: prompt.rows]
-        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
+        output: dict[str, Any] = {"last_hidden_state": bucket.hidden[: prompt.rows], CACHE: cache}
+        return BaseModelOutputWithPast(**output)
 
     def _length(self, prompt: prompts.Prompt, cache: SharedCache) -> int:
         return min(-(-prompt.tokens // self._step) * self._step, cache.length)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from grace.generation.cache import SharedCache
+from grace.generation.names import CACHE
 
-_READ = ("inputs_embeds", "position_ids", "attention_mask", "past_key_values")
+_READ = ("inputs_embeds", "position_ids", "attention_mask", CACHE)
 _FEATURES = ("visual_pos_masks", "deepstack_visual_embeds")  # of Qwen3-VL's first layers
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -49,7 +50,7 @@ class Prompt:
 def read(arguments: Mapping[str, Any], cache: SharedCache) -> Prompt | str:
     """The prompt in the arguments of a language model's forward, or why it is none for buffers."""
     embeds, positions = arguments.get("inputs_embeds"), arguments.get("position_ids")
-    if not isinstance(embeds, Tensor) or arguments.get("past_key_values") is not cache:
+    if not isinstance(embeds, Tensor) or arguments.get(CACHE) is not cache:
         return "its language model is not called with inputs_embeds and the cache"
     rows, tokens = embeds.shape[:2]
     if not isinstance(positions, Tensor) or positions.shape[-2:] not in (
@@ -114,7 +115,7 @@ class Buffers:
             "inputs_embeds": embeds,
             "position_ids": positions,
             "attention_mask": mask if prompt.mask_key is None else {prompt.mask_key: mask},
-            "past_key_values": self.cache,
+            CACHE: self.cache,
         }
 
     def _take(self, kind: str, shape: tuple[int, ...], like: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from grace.generation.cache import SharedCache
 from grace.generation.graphs import captured
+from grace.generation.names import CACHE
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class PlainSteps(Steps):
 
     def run(self, count: int) -> None:
         """One step behind the first ``count`` tokens; leaves `logits`."""
-        cache = self._arguments["past_key_values"]
+        cache = self._arguments[CACHE]
         inputs = self._model.prepare_inputs_for_generation(
             self.ids[:, :count], next_sequence_length=1, **self._arguments
         )
@@ -183,7 +184,8 @@ class StaticSteps(Steps):
         for mask in _masks(self._inputs):
             mask.index_fill_(-1, position, True if mask.dtype == torch.bool else 0.0)
         token = self.ids.index_select(1, position)
-        self.logits = self._forward(input_ids=token, past_key_values=self.cache, **self._inputs)
+        given = {CACHE: self.cache, **self._inputs}
+        self.logits = self._forward(input_ids=token, **given)
         position.add_(1)
         if choose:
             self.choose()

@@ -132,6 +132,13 @@ class GraceTrainer(AtomicTrainer):
             raise Interrupted(self.state.global_step, self._stopped_by, where)
         return output
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # Trainer makes a step before it looks: one beyond the last, of a checkpoint that is done.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     # One optimizer step
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:

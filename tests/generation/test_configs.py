@@ -34,12 +34,14 @@ def test_a_second_call_makes_no_config(kind: str, monkeypatch: pytest.MonkeyPatc
     generator = Generator(model)
     exact = model.generate(**inputs, max_new_tokens=2, **GREEDY)
     configs = Made(type(model.config), monkeypatch)
-    for count in (1, 1, 1):
+    counts = []
+    for _ in range(3):
         assert torch.equal(generator.generate(**inputs, max_new_tokens=2, **GREEDY), exact)
-        assert configs.count == count
+        counts.append(configs.count)
         assert ASKED not in vars(model.config)
     model.generate(**inputs, max_new_tokens=2, **GREEDY)
-    assert configs.count == 2  # transformers does, without us
+    # transformers makes one a call without us; none at all since 5.23 or so
+    assert (counts, configs.count) in (([1, 1, 1], 2), ([0, 0, 0], 0))
 
 
 def test_what_is_put_into_the_config_later_is_refused() -> None:

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from grace.generation import Generator, decoder, fitting
 from grace.generation.cache import SharedCache, Storage
 from grace.generation.layers import replaced
+from grace.generation.names import CACHE
 
 LAYERS = families.TEXT["num_hidden_layers"]
 TEXTS = {"Llama": {}, "Mistral": {"sliding_window": None}, "Qwen2": {}, "Qwen3": {"head_dim": 16}}
@@ -227,9 +228,7 @@ def test_a_layer_of_a_step_is_seven_ops(monkeypatch: pytest.MonkeyPatch) -> None
         x = torch.empty(2, tokens, 32, dtype=torch.bfloat16, device="meta")
         cos = x.new_empty(2, tokens, 16)
         with torch.no_grad(), _Ops() as ops:
-            out = forward(
-                x, position_embeddings=(cos, cos), attention_mask=mask, past_key_values=cache
-            )
+            out = forward(x, position_embeddings=(cos, cos), attention_mask=mask, **{CACHE: cache})
         assert out.shape == x.shape
         return ["sdpa" if name == "clone" else name for name in ops.names]
 
@@ -300,10 +299,10 @@ def test_attentions_are_the_layers_own(calls: Counter) -> None:
     cache = SharedCache(LAYERS, 1, 16, Storage(), torch.device("cpu"))
     ids = text_inputs()["input_ids"][:1]
     with replaced(decoder.replacements(model)):
-        model(ids, past_key_values=cache, output_attentions=True)
+        model(ids, **{CACHE: cache}, output_attentions=True)
     assert calls == {"rms_norm": 1}
     with replaced(decoder.replacements(model)):
-        model(ids, past_key_values=cache)
+        model(ids, **{CACHE: cache})
     assert calls == {"rms_norm": 2 * LAYERS + 2, "rotary": LAYERS}
 
 

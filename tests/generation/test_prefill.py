@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from grace.generation import Generator, prefill, prompts
+from grace.generation.names import CACHE
 
 STEP = 24  # prompts of all families and four tokens more lie in one bucket
 
@@ -269,7 +270,7 @@ def test_language_models_that_take_more_run_as_they_are(
     ("change", "why"),
     [
         ({"inputs_embeds": None}, "not called with inputs_embeds and the cache"),
-        ({"past_key_values": None}, "not called with inputs_embeds and the cache"),
+        ({CACHE: None}, "not called with inputs_embeds and the cache"),
         ({"position_ids": None}, r"no position_ids \[rows, tokens\]"),
         ({"position_ids": torch.zeros(3, 5)}, r"no position_ids \[rows, tokens\]"),
         ({"attention_mask": torch.ones(2, 5)}, r"no mask \[rows, 1, tokens, tokens\]"),
@@ -285,7 +286,7 @@ def test_language_models_that_take_more_run_as_they_are(
 def test_what_is_no_prompt_for_buffers(change: dict[str, Any], why: str) -> None:
     cache: Any = object()
     usual = {"inputs_embeds": torch.ones(2, 5, 8), "position_ids": torch.zeros(1, 5)}
-    usual = {**usual, "past_key_values": cache, "use_cache": True, "attention_mask": None}
+    usual = {**usual, CACHE: cache, "use_cache": True, "attention_mask": None}
     prompt = prompts.read(usual, cache)
     assert isinstance(prompt, prompts.Prompt)
     assert (prompt.rows, prompt.tokens, prompt.positions.shape) == (2, 5, (2, 5))

@@ -120,6 +120,19 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
         assert last[0][name] == last[1][name], name
 
 
+def test_a_checkpoint_of_the_last_step_is_the_end(make_trainer: Callable, tmp_path: Path) -> None:
+    """Killed between its last checkpoint and what comes behind it, a run makes no further step."""
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    whole = make_trainer(**options, output_dir=str(tmp_path / "whole"))
+    whole.train()
+    assert 0 < whole.state.epoch % 1 < 1  # inside an epoch
+    again = make_trainer(**options, output_dir=str(tmp_path / "again"))
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert again.state.global_step == 2
+    for name, value in _weights(whole).items():
+        assert torch.equal(value, again.model.state_dict()[name]), name
+
+
 def test_every_checkpoint_holds_beta(make_trainer: Callable, tmp_path: Path) -> None:
     options = {"save_strategy": "steps", "save_steps": 1, "save_only_model": True, "max_steps": 3}
     trainer = make_trainer(**options)
