@@ -200,6 +200,30 @@ def test_a_fixed_beta_is_as_large_as_the_controller_s(config: StudyConfig, tmp_p
     assert adaptive.beta_init == 4.0
 
 
+def test_a_fixed_beta_that_is_swept_itself_runs_as_it_was_swept(
+    config: StudyConfig, tmp_path: Path
+) -> None:
+    every = replace(
+        config,
+        arms=("grace", "grace-fixed-beta"),
+        ptq_from=("student",),
+        bits=(4,),
+        sweep=SweepConfig((1e-4, 1e-3), ablations=True),
+        tuned={"grace": {"beta_init": 4.0, "beta_max": 9.0}},
+    )
+    tasks = sweep_tasks(every, tmp_path, "cpu", None)
+    assert len(tasks) == 4
+    for task in tasks:
+        task.folder.mkdir(parents=True)
+        (task.folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "beta": 7.0}) + "\n")
+    results = [{"score": {"total": total, "questions": 36}} for total in (1, 2, 4, 3)]
+    found = choose(every, results, [task.folder for task in tasks])
+    (tmp_path / "sweep.json").write_text(json.dumps(found))
+    fixed = worker.training_config(_task(every, tmp_path, Arm("grace-fixed-beta", 4)))
+    assert (fixed.beta_init, fixed.learning_rate) == (4.0, 1e-4)
+    assert worker.training_config(_task(every, tmp_path, Arm("grace", 4))).learning_rate == 1e-3
+
+
 def test_a_sweep_runs_before_the_arms(done: Path, config: StudyConfig, tmp_path: Path) -> None:
     swept = replace(config, arms=("student", "qat"), ptq_from=("student",), save_steps=0)
     swept = replace(swept, sweep=SweepConfig(learning_rates=(1e-3, 1e-2)))
