@@ -7,19 +7,22 @@ memory together are the quantized weights of one block instead of one layer, and
 their gradients.
 
 With gradient checkpointing a block runs twice, and so does this, inside the recomputation: nothing
-is kept between. `hold` makes them once instead, outside of it, for all blocks and until `release`:
+is kept between. Hooks of a block are inside up to transformers 5.23; later ones checkpoint `forward`
+alone, and what is to run there goes into the function that checkpoints it. `hold` makes them once instead, outside of it, for all blocks and until `release`:
 as many bytes as the weights have in the dtype they are multiplied in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from grace.nn.fake_quant_linear import FakeQuantLinear
 from grace.ops.fake_quant_many import fake_quant_many
@@ -80,6 +83,10 @@ def size_made(blocks: Iterable[nn.Module], dtype: torch.dtype | None = None) -> 
     return sum(layer.weight.numel() * (dtype or layer.weight.dtype).itemsize for layer in layers)
 
 
+_INSIDE = "_gradient_checkpointing_func"  # of a block, set when checkpointing is turned on
+_FORWARD_ALONE = "__init_subclass__" in vars(GradientCheckpointingLayer)  # what is checkpointed
+
+
 class _Hooks:
     """Of one block: what was quantized before it ran is forgotten behind it."""
 
@@ -87,6 +94,16 @@ class _Hooks:
         self._ahead: list[FakeQuantLinear] = []
 
     def before(self, block: nn.Module, _: Any) -> None:
+        if _FORWARD_ALONE and getattr(block, "gradient_checkpointing", False) and block.training:
+            checkpoint: Any = getattr(block, _INSIDE)
+            if not isinstance(checkpoint, _Inside):
+                setattr(block, _INSIDE, _Inside(checkpoint, block, self))
+            if torch.is_grad_enabled():
+                return
+        self.quantize(block)
+
+    def quantize(self, block: nn.Module) -> None:
+        """Quantize what is not held."""
         layers = [layer for layer in _dense(block) if not layer.held]
         self._ahead = [layer for layer in layers if not isinstance(layer.weight, DTensor)]
         device = self._ahead[0].weight.device.type if self._ahead else "cpu"
@@ -97,6 +114,23 @@ class _Hooks:
         for layer in self._ahead:
             layer.ahead = None
         self._ahead = []
+
+
+class _Inside:
+    """Checkpoints a block's forward together with the quantizing before it."""
+
+    def __init__(self, checkpoint: Callable[..., Any], block: nn.Module, hooks: _Hooks) -> None:
+        self._checkpoint, self._block, self._hooks = checkpoint, block, hooks
+
+    def __call__(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self._checkpoint(partial(self._run, forward), *args, **kwargs)
+
+    def _run(self, forward: Callable[..., Any], *args: Any) -> Any:
+        self._hooks.quantize(self._block)
+        try:
+            return forward(*args)
+        finally:
+            self._hooks.after()
 
 
 def _dense(block: nn.Module) -> list[FakeQuantLinear]:

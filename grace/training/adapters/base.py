@@ -130,8 +130,8 @@ class Adapter:
             found = self.base.get_image_features(
                 **self.blank_image(embeds.device), return_dict=True
             )
-            features = [*found.pooler_output, *(getattr(found, "deepstack_features", None) or ())]
-            nothing = 0 * torch.stack([feature.float().sum() for feature in features]).sum()
+            deep = getattr(found, "deepstack_features", None) or ()
+            nothing = 0 * torch.stack([*map(_sum, found.pooler_output), *map(_sum, deep)]).sum()
             return args, {**kwargs, "inputs_embeds": embeds + nothing.to(embeds.dtype)}
 
         hook = self.language_model.register_forward_pre_hook(add_nothing, with_kwargs=True)
@@ -193,3 +193,10 @@ def _part(module: nn.Module, name: str) -> Any:
         found = type(module).__name__
         raise ValueError(f"GraceTrainer: model must have a part {name!r}, got {found}")
     return part
+
+
+def _sum(features: Any) -> Tensor:
+    """Of a tensor, or of all that a tuple or list holds."""
+    if isinstance(features, Tensor):
+        return features.float().sum()
+    return torch.stack([_sum(feature) for feature in features]).sum()
