@@ -7,9 +7,10 @@ memory together are the quantized weights of one block instead of one layer, and
 their gradients.
 
 With gradient checkpointing a block runs twice, and so does this, inside the recomputation: nothing
-is kept between. Hooks of a block are inside up to transformers 5.23; later ones checkpoint `forward`
-alone, and what is to run there goes into the function that checkpoints it. `hold` makes them once instead, outside of it, for all blocks and until `release`:
-as many bytes as the weights have in the dtype they are multiplied in.
+is kept between. A block's hooks are inside up to transformers 5.23; later ones checkpoint `forward`
+alone, and what is to run there goes into the function that checkpoints it. `hold` makes quantized
+weights once instead, outside of it, for all blocks and until `release`: as many bytes as the
+weights have in the dtype they are multiplied in.
 """
 
 from __future__ import annotations
