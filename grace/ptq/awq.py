@@ -22,10 +22,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from grace.ops.search_log_scale import log_of
 from grace.ptq.calibration import Calibration, Inputs, Sample, first_tensor, hooked
 from grace.ptq.gptq import Hessian, output_error
-from grace.ptq.grid import Grid
+from grace.ptq.grid import Grid, each
 from grace.ptq.structure import Group, fold
 
 RATIOS = tuple(step / 20 for step in range(20))  # α
@@ -190,7 +189,7 @@ def apply_scale(layer: nn.Module, group: Group, observed: Observed, scale: Tenso
 
 @torch.no_grad()
 def clip(weight: Tensor, hessian: Tensor, grid: Grid) -> Tensor:
-    """Log-scales float32 [N, G] of least δ H δᵀ, each group of columns for itself.
+    """Log-scales float32 [N, G] (steps of the grid) of least δ H δᵀ, each group for itself.
 
     A row for which `Grid.find` is better, all its groups together, has that one's.
 
@@ -212,15 +211,14 @@ def clip(weight: Tensor, hessian: Tensor, grid: Grid) -> Tensor:
 
 
 def _clip(weight: Tensor, blocks: Tensor, grid: Grid) -> Tensor:
-    """Log-scales [n, G] of ``weight`` [n, K] by the diagonal ``blocks`` [G, g, g] of H."""
+    """Steps of ``weight`` [n, K] by the diagonal ``blocks`` [G, g, g] of H."""
     grouped = weight.unflatten(1, (blocks.shape[0], -1))
-    absmax = grouped.abs().amax(-1)
-    best = torch.zeros_like(absmax)
-    least = torch.full_like(absmax, torch.inf)
+    best = torch.zeros_like(grid.clipped(grouped, 1.0))
+    least = torch.full_like(grouped[..., 0], torch.inf)
     for ratio in CLIPS:
-        log_scale = log_of(absmax * (ratio / grid.highest))
-        difference = (grid.nearest(weight, log_scale) - weight).view_as(grouped).transpose(0, 1)
+        steps = grid.clipped(grouped, ratio)
+        difference = (grid.nearest(weight, steps) - weight).view_as(grouped).transpose(0, 1)
         error = (difference @ blocks * difference).sum(-1).t()
-        better = error < least
-        least, best = torch.where(better, error, least), torch.where(better, log_scale, best)
+        best = torch.where(each(error < least, steps), steps, best)
+        least = torch.where(error < least, error, least)
     return best

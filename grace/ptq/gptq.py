@@ -14,10 +14,11 @@ Pre-trained Transformers" (ICLR 2023), algorithm 1.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from grace.log_scale import init_log_scale
 from grace.ptq.grid import Grid, spread
 
 BLOCK = 128  # columns; those behind a block are updated once, by one product
@@ -77,7 +78,7 @@ def solve(
     log_scale: Tensor | None = None,
     block: int = BLOCK,
 ) -> tuple[Tensor, Tensor]:
-    """Codes and log-scales of a weight by GPTQ, in the dtype of ``hessian``.
+    """Codes and steps of a weight by GPTQ, in the dtype of ``hessian``.
 
     A group's scale is found when its first column is reached, from the weights as they are then.
     With ``act_order`` columns are taken by falling diag H, and all scales are found before the
@@ -91,11 +92,11 @@ def solve(
         grid: bits, groups, scales.
         damping: λ over the mean of diag H.
         act_order: columns with the largest inputs first.
-        log_scale: [N, G] float32, scales to use instead of finding them.
+        log_scale: [N, G] float32, scales (steps of the grid) to use instead of finding them.
         block: columns of a block.
 
     Returns:
-        (codes int8 [N, K], log_scale float32 [N, G])
+        (codes int8 [N, K], log_scale float32 [N, G]), of an asymmetric grid (int16, its steps)
 
     Raises:
         ValueError: a Hessian that is not finite, or not positive definite after damping.
@@ -108,10 +109,11 @@ def solve(
     if log_scale is None:
         codes, log_scale = _solve_groups(work, factor, grid, block)
     else:
-        scales = spread(grid.scales(log_scale).to(work.dtype), work.shape[1])
-        codes = _solve_columns(work[:, columns], scales[:, columns], factor, grid, block)
+        steps = _by_column(grid, log_scale, work)
+        ordered = steps[0][:, columns], steps[1][:, columns]
+        codes = _solve_columns(work[:, columns], ordered, factor, grid, block)
         codes = codes[:, columns.argsort()]
-    return codes.to(torch.int8), log_scale
+    return codes.to(grid.code_dtype), log_scale
 
 
 def _columns(hessian: Tensor, act_order: bool) -> Tensor:
@@ -143,32 +145,41 @@ def _factor(hessian: Tensor, columns: Tensor, damping: float) -> Tensor:
 
 
 def _solve_groups(work: Tensor, factor: Tensor, grid: Grid, block: int) -> tuple[Tensor, Tensor]:
-    """Codes and log-scales; a group's scale is of the weights as they are at its start."""
+    """Codes and steps; a group's scale is of the weights as they are at its start."""
     width, size = work.shape[1], grid.columns(work)
     codes, found = torch.empty_like(work), []
     for group in range(0, width, size):
         part = work[:, group : group + size]
-        found.append(init_log_scale(part, grid.bits, -1, grid.init, scale_dtype=grid.scale_dtype))
-        scales = grid.scales(found[-1]).to(work.dtype)
+        found.append(replace(grid, group_size=-1).find(part))
+        steps = _by_column(grid, found[-1], part)
         # A block is within one group: at a group's start all columns before have moved it.
         for start in range(group, group + size, block):
             stop = min(start + block, group + size)
-            _round_block(work, codes, scales.expand(-1, size), factor, start, stop, group, grid)
+            _round_block(work, codes, steps, factor, start, stop, group, grid)
     return codes, torch.cat(found, 1)
 
 
-def _solve_columns(work: Tensor, scales: Tensor, factor: Tensor, grid: Grid, block: int) -> Tensor:
-    """Codes by scales [N, K] that are known before."""
+def _by_column(grid: Grid, found: Tensor, work: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales and lowest codes of every column, each [N, K] in the dtype of ``work`` [N, K]."""
+    of_groups = grid.scales(found), grid.lows(found)
+    scales, lows = (spread(x.to(work.dtype), work.shape[1]) for x in of_groups)
+    return scales, lows
+
+
+def _solve_columns(
+    work: Tensor, steps: tuple[Tensor, Tensor], factor: Tensor, grid: Grid, block: int
+) -> Tensor:
+    """Codes by scales and lowest codes [N, K] that are known before."""
     codes, width = torch.empty_like(work), work.shape[1]
     for start in range(0, width, block):
-        _round_block(work, codes, scales, factor, start, min(start + block, width), 0, grid)
+        _round_block(work, codes, steps, factor, start, min(start + block, width), 0, grid)
     return codes
 
 
 def _round_block(
     work: Tensor,
     codes: Tensor,
-    scales: Tensor,
+    steps: tuple[Tensor, Tensor],
     factor: Tensor,
     start: int,
     stop: int,
@@ -177,12 +188,14 @@ def _round_block(
 ) -> None:
     """Round columns start to stop of ``work`` [N, K] and move those behind them, in place.
 
-    ``scales`` are by column, from column ``first`` on.
+    ``steps``, scales and lowest codes, are by column, from column ``first`` on.
     """
+    scales, lows = steps
+    highs = lows + (2**grid.bits - 1)
     errors = torch.empty_like(work[:, start:stop])
     for i in range(start, stop):
-        scale = scales[:, i - first]
-        code = (work[:, i] / scale).round_().clamp_(grid.lowest, grid.highest)
+        scale, low, high = (x[:, i - first] for x in (scales, lows, highs))
+        code = (work[:, i] / scale).round_().clamp_(low, high)
         codes[:, i] = code
         error = (work[:, i] - code * scale) / factor[i, i]
         work[:, i + 1 : stop].addr_(error, factor[i, i + 1 : stop], alpha=-1)

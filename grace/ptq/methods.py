@@ -16,7 +16,7 @@ from grace.log_scale import METHODS as INITS
 from grace.ptq import awq
 from grace.ptq.calibration import Calibration, Sample
 from grace.ptq.gptq import Hessian, solve
-from grace.ptq.grid import Grid, install
+from grace.ptq.grid import AsymmetricGrid, Grid, install
 from grace.ptq.structure import groups, with_source
 
 METHODS = ("rtn", "gptq", "awq")
@@ -31,6 +31,7 @@ def quantize(
     bits: int = 4,
     group_size: int = 128,
     scale_dtype: torch.dtype | None = torch.bfloat16,
+    symmetric: bool = True,
     skip: Sequence[str] | str | None = None,
     init: str = "mse",
     damping: float = 0.01,
@@ -55,28 +56,36 @@ def quantize(
         bits: 2 to 8.
         group_size: columns that share a scale; -1: a whole row.
         scale_dtype: grid of the scales; None keeps them float32.
+        symmetric: False gives every group a zero point, as GPTQ and AWQ have as published. Nothing
+            here packs or serves that: linears stay what they are, with weights on that grid.
         skip: regexes; a linear whose name one of them finds stays as it is.
-        init: how scales are found, a method of `grace.init_log_scale`.
+        init: how scales are found, a method of `grace.init_log_scale`; "mse" or "absmax" of an
+            asymmetric grid.
         damping: GPTQ's, over the mean diagonal of the Hessian.
         act_order: GPTQ rounds columns with the largest inputs first; codes keep their order.
         memory_budget: bytes of calibration that may stay on the model's device (`Calibration`).
         progress: a bar with the time left, or what is told (linears done, of how many).
 
     Returns:
-        Names of the linears replaced.
+        Names of the linears that are quantized.
 
     Raises:
         ValueError: a method, bits, group size or damping that is not allowed, or no batches where
             they are needed; the model is then unchanged. Also calibration inputs that are not
             finite; where that is found behind the first layer, layers before it are quantized.
     """
-    grid = Grid(bits, group_size, scale_dtype, init)
+    kind = Grid if symmetric else AsymmetricGrid
+    grid = kind(bits, group_size, scale_dtype, init)
     _check(method, batches, grid, damping, act_order)
     common = {"bits": bits, "group_size": group_size, "scale_dtype": scale_dtype, "init": init}
     names = list(quantization.layer_settings(model, common, skip))
-    if method == "rtn":
+    if method == "rtn" and symmetric:
         settings: dict[str, Any] = {"skip": skip, "scale_dtype": scale_dtype, "init": init}
         return quantization.quantize(model, bits, group_size, **settings)
+    if method == "rtn":
+        for name in names:
+            _round(cast(nn.Linear, model.get_submodule(name)), grid)
+        return names
     assert batches is not None
     prefix, layers = quantization.decoder_layers(model)
     with torch.no_grad(), _evaluating(model), _told(progress, method, len(names)) as advance:
@@ -91,8 +100,15 @@ def quantize(
                 layer.awq()
             if number + 1 < len(layers):
                 calibration.advance(number)
-    quantization.record(model)
+    if symmetric:
+        quantization.record(model)
     return names
+
+
+@torch.no_grad()
+def _round(linear: nn.Linear, grid: Grid) -> None:
+    weight = linear.weight.float()
+    linear.weight.copy_(grid.nearest(weight, grid.find(weight)))
 
 
 def _check(method: str, batches: Any, grid: Grid, damping: float, act_order: bool) -> None:
@@ -102,6 +118,8 @@ def _check(method: str, batches: Any, grid: Grid, damping: float, act_order: boo
         raise ValueError(f"ptq: {method} must have batches to calibrate with, got none")
     if grid.init not in INITS:
         raise ValueError(f"ptq: init must be one of {', '.join(INITS)}, got {grid.init!r}")
+    if isinstance(grid, AsymmetricGrid) and grid.init == "p99":
+        raise ValueError("ptq: init must be mse or absmax of an asymmetric grid, got 'p99'")
     if not 0 < damping < float("inf"):
         raise ValueError(f"ptq: damping must be above 0, got {damping}")
     if act_order and method != "gptq":
@@ -132,6 +150,7 @@ class _Layer:
         self.calibration, self.number, self.grid = calibration, number, grid
         self.layer = calibration.layers[number]
         self.chosen, self.prefix, self.advance = chosen, prefix, advance
+        self._done: set[str] = set()
 
     def gptq(self, damping: float, act_order: bool) -> None:
         """Group after group, each on what the groups before it give when they are quantized."""
@@ -193,13 +212,18 @@ class _Layer:
             if codes is None
             else self.grid.product(codes, log_scale)
         )
-        self.layer.set_submodule(name, install(linear, quantized, log_scale, self.grid))
+        if isinstance(self.grid, AsymmetricGrid):
+            with torch.no_grad():
+                linear.weight.copy_(quantized)
+        else:
+            self.layer.set_submodule(name, install(linear, quantized, log_scale, self.grid))
+        self._done.add(name)
         self.advance(self.prefix + name)
 
     def _round_the_rest(self) -> None:
         """Linears that the first batch did not run through."""
         for name in self.chosen:
-            if type(self.layer.get_submodule(name)) is nn.Linear:
+            if name not in self._done:
                 told = f"ptq: {self.prefix}{name} saw no calibration and is rounded to nearest"
                 warnings.warn(told, stacklevel=2)
                 self._install(name, None, self.grid.find(self._linear(name).weight))

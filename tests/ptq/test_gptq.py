@@ -8,24 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ptq_models import problem
 from torch import Tensor
 
 from grace.ptq.gptq import Hessian, output_error, solve
 from grace.ptq.grid import Grid, spread
 
 REFERENCE = Path(__file__).parents[1] / "data" / "llmcompressor.npz"
-
-
-@lru_cache
-def problem(rows: int, columns: int, tokens: int = 400, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """A weight, and the Hessian of correlated inputs of unlike sizes, in float64."""
-    random = torch.Generator().manual_seed(seed)
-    weight = torch.randn(rows, columns, generator=random, dtype=torch.float64)
-    mixing = torch.randn(columns, columns, generator=random, dtype=torch.float64)
-    mixing = mixing / columns**0.5 + torch.eye(columns, dtype=torch.float64)
-    x = torch.randn(tokens, columns, generator=random, dtype=torch.float64) @ mixing
-    x *= torch.linspace(0.2, 3, columns, dtype=torch.float64)
-    return weight, 2 / tokens * x.t() @ x
 
 
 @lru_cache
