@@ -31,6 +31,7 @@ class Method:
         tuned_as: whose tuned options it begins with, and whose learning rate it takes where it is
             not swept itself; its own options come last.
         quantized: whether it runs at low bits.
+        zero_points: whether groups have them; no kernel here serves such, and no trained arm has.
     """
 
     label: str
@@ -38,6 +39,7 @@ class Method:
     options: dict[str, Any] | None = None
     tuned_as: str | None = None
     quantized: bool = True
+    zero_points: bool = False
 
 
 METHODS: dict[str, Method] = {
@@ -59,6 +61,11 @@ METHODS: dict[str, Method] = {
     "rtn": Method("RTN", "post-training: scales of least squared error, round to nearest"),
     "gptq": Method("GPTQ", "post-training: rounding that makes up for its errors, calibrated"),
     "awq": Method("AWQ", "post-training: channels scaled by their activations, calibrated"),
+    "rtn-asymmetric": Method(
+        "RTN, asymmetric", "round to nearest, with zero points", zero_points=True
+    ),
+    "gptq-asymmetric": Method("GPTQ, asymmetric", "GPTQ, with zero points", zero_points=True),
+    "awq-asymmetric": Method("AWQ, asymmetric", "AWQ, with zero points", zero_points=True),
     "qat": Method("QAT", "quantization-aware training, cross-entropy alone", _CROSS_ENTROPY),
     "kd": Method("QAT + KD", "and T²·KL to the teacher over the vocabulary, fixed β", _PLAIN_KD),
     "grace": Method("GRACE", "and gated DKD, RCKA, adaptive β", {}),
@@ -78,7 +85,7 @@ METHODS: dict[str, Method] = {
         "GRACE, per channel", "one scale a row", {"group_size": -1}, tuned_as="grace"
     ),
 }
-CALIBRATED = ("gptq", "awq")
+CALIBRATED = ("gptq", "awq", "gptq-asymmetric", "awq-asymmetric")
 UNTAUGHT = tuple(n for n, m in METHODS.items() if m.options is _CROSS_ENTROPY)  # no teacher
 
 
@@ -135,7 +142,7 @@ class Arm:
     @property
     def deployable(self) -> bool:
         """Whether packed kernels exist for its bits, so that it is scored as it is deployed."""
-        return self.bits in (4, 8)
+        return self.bits in (4, 8) and not METHODS[self.method].zero_points
 
     def training_options(self) -> dict[str, Any]:
         """Options of GraceConfig for its training; empty where it is not trained."""

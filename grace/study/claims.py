@@ -21,7 +21,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from grace.study.answers import PAPER_R, EntropyError
-from grace.study.arms import FULL
+from grace.study.arms import FULL, METHODS
 from grace.study.comparisons import ABOVE, BELOW, ONE_SEED, Comparison
 from grace.study.resampling import Interval, Resampled
 
@@ -95,13 +95,18 @@ def claims(
 def _fairer(
     arms: Sequence[Mapping[str, Any]], by_pair: Mapping[tuple[str, str], Comparison]
 ) -> list[Claim]:
-    """GRACE against post-training methods on the student that trained as long: the paper has no
-    such row, and without it training and quantization are not told apart."""
+    """GRACE against post-training methods with zero points, and on the student that trained as
+    long: the paper has no such rows, and without the latter training and quantization are not told
+    apart."""
     found = []
-    for arm in (a for a in arms if a.get("start", "student") != "student"):
+    for arm in arms:
+        started = arm.get("start", "student") != "student"
+        asymmetric = arm["method"] in METHODS and METHODS[arm["method"]].zero_points
         grace = next((a for a in arms if (a["method"], a["bits"]) == ("grace", arm["bits"])), None)
-        if grace is not None:
-            text = f"GRACE is above {arm['method'].upper()} of the student trained on"
+        if grace is not None and (started or asymmetric):
+            name, _, kind = arm["method"].partition("-")
+            text = f"GRACE is above {kind} {name.upper()}".replace("  ", " ")
+            text += " of the student trained on" if started else ""
             compared = by_pair.get((grace["name"], arm["name"]))
             found.append(_above(text, "", str(arm["bits"]), compared))
     return found

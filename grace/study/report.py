@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from grace.study.answers import from_json
-from grace.study.arms import CALIBRATED, FULL
+from grace.study.arms import CALIBRATED, FULL, METHODS
 from grace.study.charts import draw_charts, title
 from grace.study.claims import ABSENT, FAILS, HOLDS, claims
 from grace.study.comparisons import ABOVE, BELOW, ONE_SEED, UNSEPARATED, compare
@@ -136,13 +136,19 @@ def footnotes(study: Mapping[str, Any]) -> list[str]:
         "MB: weights with quantized layers at their bits, scales and the rest at 16 bits"
         + (", also where no kernel serves such (2 and 3 bits)." if low & {2, 3} else "."),
     ]
-    if any(arm["method"] in CALIBRATED for arm in study["arms"]):
+    methods = {arm["method"] for arm in study["arms"]}
+    if any(METHODS[name].zero_points for name in methods if name in METHODS):
+        notes.append(
+            "Methods quantize to one grid, symmetric; asymmetric ones have zero points beside "
+            "scales, as published. Those are scored fake-quantized: no kernel here serves them."
+        )
+    elif methods & set(CALIBRATED):
         notes.append(
             "All methods quantize to one grid, symmetric; as published, AWQ (and often GPTQ) have "
             "zero points beside scales."
         )
     if unfinished := study.get("unfinished"):
-        notes.append(f"Not run yet: {', '.join(unfinished)}.")
+        notes.append(f"Not run yet: {_by_arm(unfinished)}.")
     rates = [(title(arm), arm["agreement"]) for arm in study["arms"] if arm["deployed"]]
     if rates:
         agreed = ", ".join(f"{name} {rate:.2%}" for name, rate in rates)
@@ -151,6 +157,16 @@ def footnotes(study: Mapping[str, Any]) -> list[str]:
             f"packed layers. Answers that agree with the fake-quantized model's: {agreed}."
         )
     return notes
+
+
+def _by_arm(names: Sequence[str]) -> str:
+    """`grace-3-s0`, `grace-3-s1` as one: grace-3 (seeds 0, 1)."""
+    seeds: dict[str, list[str]] = {}
+    for name in names:
+        arm, _, seed = name.rpartition("-s")
+        seeds.setdefault(arm, []).append(seed)
+    told = (f"seed{'s' if len(each) > 1 else ''} {', '.join(each)}" for each in seeds.values())
+    return ", ".join(f"{arm} ({which})" for arm, which in zip(seeds, told, strict=True))
 
 
 def _of_an_image(config: Mapping[str, Any]) -> str:

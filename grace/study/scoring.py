@@ -13,6 +13,7 @@ from torch import nn
 
 from grace.evaluation import mme
 from grace.study import models, questions
+from grace.study.arms import METHODS
 from grace.study.config import StudyConfig
 from grace.study.task import ANSWERS, Task, questions_of, scored
 
@@ -160,12 +161,25 @@ def right(rows: Sequence[mme.Row]) -> dict[str, str]:
     return {subtask: "".join(map(str, images.values())) for subtask, images in counts.items()}
 
 
-def deployed_bytes(model: nn.Module, bits: int | None) -> int:
-    """Bytes of the weights as served: quantized layers at `bits`, scales and the rest in bf16."""
+def deployed_bytes(task: Task, model: nn.Module) -> int:
+    """Bytes of the weights as served: quantized layers at their bits, scales and the rest in bf16,
+    and zero points, where there are any, at the bits of codes."""
     from grace.nn import FakeQuantLinear
+    from grace.quantization import decoder_linears
 
-    total = 2 * sum(parameter.numel() for parameter in model.parameters())
-    for layer in model.modules():
-        if bits is not None and isinstance(layer, FakeQuantLinear):
-            total -= 2 * layer.weight.numel() - -(-bits * layer.weight.numel() // 8)
+    total, bits = 2 * sum(parameter.numel() for parameter in model.parameters()), task.arm.bits
+    layers = [layer for layer in model.modules() if isinstance(layer, FakeQuantLinear)]
+    for layer in layers:
+        total -= 2 * layer.weight.numel() - _bytes(bits * layer.weight.numel())
+    if METHODS[task.arm.method].zero_points:
+        for name in decoder_linears(model):
+            weight: Any = model.get_submodule(name).weight
+            size = task.config.group_size if task.config.group_size > 0 else weight.shape[1]
+            groups = weight.numel() // size
+            total -= 2 * weight.numel() - _bytes(bits * weight.numel())
+            total += 2 * groups + _bytes(bits * groups)
     return total
+
+
+def _bytes(bits: int) -> int:
+    return -(-bits // 8)

@@ -98,7 +98,7 @@ def _run(task: Task) -> dict[str, Any]:
         "tokens": tokens,
         "training_seconds": made - started,
         "scoring_seconds": time.perf_counter() - made,
-        "bytes": deployed_bytes(model, task.arm.bits if task.arm.quantized else None),
+        "bytes": deployed_bytes(task, model),
         "parameters": sum(p.numel() for p in _parameters(model)),
     }
     _keep_for_others(task, model)
@@ -139,10 +139,18 @@ def _make(task: Task, model: nn.Module) -> int:
     if task.arm.method in CALIBRATED:
         _calibrate(task, model)
     elif task.arm.quantized:
-        from grace.quantization import quantize
-
-        quantize(model, bits=task.arm.bits, group_size=task.config.group_size)
+        _round(task, model)
     return 0
+
+
+def _round(task: Task, model: nn.Module) -> None:
+    options: dict[str, Any] = {"bits": task.arm.bits, "group_size": task.config.group_size}
+    if METHODS[task.arm.method].zero_points:
+        calibrated_quantize(task.arm.method)(model, symmetric=False, **options)
+        return
+    from grace.quantization import quantize
+
+    quantize(model, **options)
 
 
 def calibrated_quantize(method: str) -> Any:
@@ -159,13 +167,15 @@ def calibrated_quantize(method: str) -> Any:
 def _calibrate(task: Task, model: nn.Module) -> None:
     """GPTQ and AWQ, on the first training images."""
     quantize = calibrated_quantize(task.arm.method)
+    zero_points = METHODS[task.arm.method].zero_points
     quantize(
         model,
-        method=task.arm.method,
+        method=task.arm.method.removesuffix("-asymmetric"),
         batches=calibration_batches(task),
         bits=task.arm.bits,
         group_size=task.config.group_size,
         progress=False,
+        **({"symmetric": False} if zero_points else {}),
     )
 
 

@@ -14,7 +14,7 @@ import pytest
 from grace.study import claims as c
 from grace.study.answers import as_json, entropy_error, from_json
 from grace.study.comparisons import ABOVE, BELOW, ONE_SEED, compare, counterpart, partners
-from grace.study.report import findings, write_report
+from grace.study.report import findings, footnotes, write_report
 from grace.study.resampling import Interval, Resampled
 from grace.study.sections import sections
 
@@ -298,6 +298,20 @@ def test_what_study_json_keeps_of_the_entropy_is_all_of_it() -> None:
     assert sum(share for _, share, _ in found.bins) == pytest.approx(
         10 * found.errors / found.questions
     )
+
+
+def test_what_is_unfinished_and_asymmetric_is_told(whole: dict) -> None:
+    right = [whole["arms"][1]["seeds"][0]["right"]]
+    other = studies.arm("gptq-asymmetric-4", right, bits=4)
+    left = ["grace-3-s0", "grace-3-s2", "rtn-4-control-s1"]
+    known = {**whole, "arms": [*whole["arms"], other], "unfinished": left}
+    notes = footnotes(known)
+    assert "Not run yet: grace-3 (seeds 0, 2), rtn-4-control (seed 1)." in notes
+    assert any("asymmetric ones have zero points" in note for note in notes)
+    assert not any("asymmetric ones" in note for note in footnotes(whole))
+    arms = make_arms()
+    arms.insert(5, studies.arm("rtn-asymmetric-4-control", right, bits=4, start="control"))
+    assert "GRACE is above asymmetric RTN of the student trained on" in verdicts(arms)
 
 
 def test_charts_of_many_arms_have_a_panel_a_number_of_bits(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from grace.quantization import decoder_linears
 from grace.study import worker
 from grace.study.arms import METHODS, Arm, arms_of
 from grace.study.config import StudyConfig, SweepConfig
@@ -76,6 +77,27 @@ def test_calibrated_arms_ask_for_grace_ptq_on_training_images(
         assert (batch["input_ids"] != 0).all()  # no padding to be calibrated on
         assert batch["attention_mask"].shape[-1] == batch["input_ids"].shape[1]
         assert model(**batch).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "awq"])
+def test_asymmetric_arms_are_scored_fake_quantized(
+    method: str, done: Path, config: StudyConfig, tmp_path: Path
+) -> None:
+    for name in ("data", "models"):
+        (tmp_path / name).symlink_to(done / name)
+    few = replace(config, calibration_images=6)
+    results = {}
+    for name in (method, f"{method}-asymmetric"):
+        result = results[name] = worker.run_arm(_task(few, tmp_path, Arm(name, 4)))
+        assert result is not None
+        assert (result["arm"], result["deployed"]) == (f"{name}-4", name == method)
+        assert result["score"]["questions"] == 72
+    plain, other = (results[name]["bytes"] for name in results)
+    student = load(done / "models" / "student")
+    groups = sum(
+        student.get_submodule(name).weight.numel() // 16 for name in decoder_linears(student)
+    )
+    assert other - plain == groups // 2  # a zero point of four bits a group
 
 
 def test_the_sweep_takes_the_best_rate_of_the_validation_split(
