@@ -90,7 +90,7 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"checkpoint: {file.name} must be JSON, got {error}") from None
+        raise ValueError(f"checkpoint: {file} must be JSON, got {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"checkpoint: {file.name} must be a JSON object, got {content!r:.40}")
     return content

@@ -75,7 +75,7 @@ def test_what_is_missing_is_named(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=r"config.json must exist"):
         Checkpoint(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config.json must be JSON"):
+    with pytest.raises(ValueError, match=rf"{tmp_path.name}/config.json must be JSON"):
         Checkpoint(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match=r"must hold model.safetensors or"):

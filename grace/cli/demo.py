@@ -26,12 +26,12 @@ def demo(
 
     if len(models) > 2:
         raise ValueError(f"demo: models must be one or two, got {len(models)}")
+    for name in models:
+        require_checkpoint(name)
     if importlib.util.find_spec("gradio") is None:
         raise ValueError(
             "demo: gradio must be installed (pip install grace-vlm[demo]), got no gradio"
         )
-    for name in models:
-        require_checkpoint(name)
     from grace.demo.answering import make_side
     from grace.demo.page import launch, make_page
 

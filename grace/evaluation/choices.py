@@ -127,9 +127,11 @@ def load_mmbench(file: str | Path) -> list[Row]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no rows, a column that is missing, an answer that is no option (as in the
-            unlabelled test tables), or an image that cannot be decoded.
+        ValueError: a folder, no rows, a column that is missing, an answer that is no option (as in
+            the unlabelled test tables), or an image that cannot be decoded.
     """
+    if Path(file).is_dir():
+        raise ValueError(f"choices.load_mmbench: a .tsv file must be given, got the folder {file}")
     csv.field_size_limit(sys.maxsize)  # a field is a whole picture
     with Path(file).open(encoding="utf-8-sig", newline="") as lines:
         raw = list(csv.DictReader(lines, delimiter="\t"))

@@ -315,10 +315,15 @@ def test_bad_arguments_are_one_line(
 def test_gradio_missing_is_told(capsys, tmp_path, monkeypatch: pytest.MonkeyPatch):
     import importlib.util
 
+    from grace.evaluation import tiny
+
     find = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "gradio" else find(name)
     )
     with pytest.raises(SystemExit):
-        main(["demo", str(tmp_path)])
+        main(["demo", str(tiny.student_dir())])
     assert "gradio must be installed (pip install grace-vlm[demo])" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["demo", str(tmp_path / "nosuch")])  # the model first: that is what was asked for
+    assert "nosuch" in capsys.readouterr().err

@@ -156,6 +156,8 @@ def test_mmbench_bad_files(tmp_path):
     (tmp_path / "d").write_text("index\tquestion\n1\t?\n")
     with pytest.raises(ValueError, match="must have a column A, got index, question"):
         choices.load_mmbench(tmp_path / "d")
+    with pytest.raises(ValueError, match=r"a \.tsv file must be given, got the folder"):
+        choices.load_mmbench(tmp_path)
 
 
 ROWS = [SimpleNamespace(question=f"Question {n}?") for n in range(10)]
