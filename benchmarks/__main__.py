@@ -118,7 +118,10 @@ def start(arguments: list[str], standalone: bool = True) -> None:
     if arguments[:1] and arguments[0] in _PROGRAMS:
         name, rest = f"{name} {arguments[0]}", arguments[1:]
         program = importlib.import_module(f"benchmarks.bench_{arguments[0]}").main
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    settings = {"help_option_names": ["-h", "--help"]}
+    app = typer.Typer(
+        add_completion=False, pretty_exceptions_enable=False, context_settings=settings
+    )
     app.command()(program)
     app(rest, prog_name=name, standalone_mode=standalone)
 

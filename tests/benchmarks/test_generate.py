@@ -184,10 +184,11 @@ def test_it_is_a_program_of_its_own(capsys: pytest.CaptureFixture) -> None:
     assert "generate" not in available()
     with pytest.raises(typer.BadParameter):
         load("generate")
-    with pytest.raises(SystemExit) as stop:
-        start(["generate", "--help"])
-    assert not stop.value.code
-    assert "--batches" in capsys.readouterr().out
+    for asked in ("--help", "-h"):
+        with pytest.raises(SystemExit) as stop:
+            start(["generate", asked])
+        assert not stop.value.code
+        assert "--batches" in capsys.readouterr().out
 
 
 def test_grace_bench_hands_on_what_it_is_given(
