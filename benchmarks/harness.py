@@ -372,14 +372,15 @@ def _eager_timer(side: Side, sets: int) -> Callable[[], float]:
 
 def measure_ceiling(device: torch.device) -> Ceiling:
     """Reads a buffer far larger than any cache; multiplies large matrices, bf16 or fp32."""
-    elements, n = (2**30, 8192) if device.type == "cuda" else (2**26, 1024)
+    elements, sizes = (2**30, (8192,)) if device.type == "cuda" else (2**26, (1024, 2048))
     buffer = torch.ones(elements, device=device)
     read = min(_samples(lambda _: buffer.sum(), device))
-    product = float("inf")
-    for dtype in (torch.bfloat16, torch.float32):  # not every CPU is faster in bf16
-        a = torch.randn(n, n, device=device, dtype=dtype)
-        product = min(product, *_samples(partial(_square, a), device))
-    return Ceiling(buffer.numel() * buffer.element_size() / read, 2 * n**3 / product)
+    rate = 0.0
+    for n in sizes:  # nor is one size the best of every CPU
+        for dtype in (torch.bfloat16, torch.float32):  # not every CPU is faster in bf16
+            a = torch.randn(n, n, device=device, dtype=dtype)
+            rate = max(rate, *(2 * n**3 / time for time in _samples(partial(_square, a), device)))
+    return Ceiling(buffer.numel() * buffer.element_size() / read, rate)
 
 
 def _square(a: Tensor, _: int) -> Tensor:
