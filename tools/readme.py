@@ -98,7 +98,7 @@ def cpu_results(content: dict, facts: dict) -> str:
     head = (
         f"`dequant_gemm` on a CPU, W4, group 128, µs (medians), {facts['device']}, "
         f"threads: {facts['threads']}, torch {facts['torch']}. The floor is set by a sum over "
-        "memory and a bf16 product of torch, timed beforehand: a time below it says that this "
+        "memory and a large product of torch, timed beforehand: a time below it says that this "
         "product was not the machine's best."
     )
     rows = [

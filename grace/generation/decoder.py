@@ -78,7 +78,8 @@ class Layer:
         **kwargs: Any,
     ) -> Any:
         """As the layer's: [rows, tokens, hidden] → the same."""
-        given = hidden_states, position_embeddings, attention_mask, kwargs.get(CACHE)
+        cache = kwargs.pop(CACHE, None)
+        given = hidden_states, position_embeddings, attention_mask, cache
         x = None if args else self._attended(*given, kwargs)
         if x is not None:
             return self._mlp(self._mlp_norm(x), x)
@@ -87,6 +88,7 @@ class Layer:
             *args,
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
+            **{CACHE: cache},
             **kwargs,
         )
 

@@ -37,7 +37,8 @@ def quantize_ahead(blocks: Iterable[nn.Module]) -> list[RemovableHandle]:
             that are still sharded (DTensor) when their block begins.
 
     Returns:
-        Handles whose `remove()` ends it.
+        Handles whose `remove()` ends it; where `forward` alone is checkpointed, not before
+        checkpointing is turned on anew.
     """
     handles = []
     for block in blocks:

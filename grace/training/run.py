@@ -78,7 +78,7 @@ def _resume_point(value: Any, output: Path) -> bool | str | None:
 
 def _is_done(config: RunConfig, output: Path, resume: bool | str) -> bool:
     """Whether the checkpoint to go on from is the last one of a run whose end is saved, and no more
-    is asked for: Trainer would make a step beyond it."""
+    is asked for: then nothing need be loaded, and no file be written again."""
     last = get_last_checkpoint(str(output)) if resume is True and output.is_dir() else resume
     facts = output / FINAL / FACTS
     if not isinstance(last, str) or not facts.is_file():

@@ -15,6 +15,7 @@ from generating import GREEDY, NEW, SAMPLED, asked, both, capturing, logits_of, 
 from recorded_graphs import Recorded, waits
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from grace.generation import Generator, decoder, fitting
 from grace.generation.cache import SharedCache, Storage
@@ -304,6 +305,26 @@ def test_attentions_are_the_layers_own(calls: Counter) -> None:
     with replaced(decoder.replacements(model)):
         model(ids, **{CACHE: cache})
     assert calls == {"rms_norm": 2 * LAYERS + 2, "rotary": LAYERS}
+
+
+def test_attention_is_given_what_the_layers_own_would_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache would reach kernels that know of none."""
+    seen: list[set[str]] = []
+    usual = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def attend(*args: Any, **options: Any) -> Any:
+        seen.append(set(options))
+        return usual(*args, **options)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", attend)
+    model, ids = text_model("Llama"), text_inputs()["input_ids"][:1]
+    caches = (SharedCache(LAYERS, 1, 16, Storage(), torch.device("cpu")) for _ in range(2))
+    model(ids, **{CACHE: next(caches)})
+    with replaced(decoder.replacements(model)):
+        model(ids, **{CACHE: next(caches)})
+    assert len(seen) == 2 * LAYERS
+    assert {CACHE, "past_key_values"}.isdisjoint(set.union(*seen))
+    assert seen[LAYERS:] == seen[:LAYERS]
 
 
 def test_hooks_of_projections_and_of_layers_run() -> None:
