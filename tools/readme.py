@@ -19,6 +19,7 @@ from benchmarks.pages import gpu_results as results_of  # noqa: E402
 from benchmarks.plot_training_step import steps  # noqa: E402
 from benchmarks.results import since  # noqa: E402
 from benchmarks.results import table as benchmark_table  # noqa: E402
+from grace.study.arms import FULL, METHODS  # noqa: E402
 from grace.study.report import footnotes, read_study, table  # noqa: E402
 from grace.study.resampling import Resampled  # noqa: E402
 from grace.study.sections import overview  # noqa: E402
@@ -33,7 +34,8 @@ def as_table(header: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def default_study() -> str:
-    """Totals of the committed default study by method and bits, and its chart over bits."""
+    """Totals of the committed default study by method and bits, its chart over bits, and what more
+    steps gave; of all post-training arms only the best at each number of bits."""
     study = read_study(STUDIES / "default")
     arms, config, drawn = study["arms"], study["config"], study["benchmark"]
     size = {arm["method"]: arm["parameters"] / 1e6 for arm in arms}
@@ -48,9 +50,44 @@ def default_study() -> str:
     )
     if left := study.get("unfinished"):
         head += f" Not run yet: {len(left)} of the arms, a seed each."
-    shown = overview(study, Resampled(arms))
+    resampled = Resampled(arms)
+    shown = overview({"arms": telling_arms(arms)}, resampled)
     chart = "![Score over bits](studies/default/bits.png)"
-    return "\n".join([head, "", *as_table(shown.header, shown.rows), "", chart])
+    table_of = as_table(shown.header, shown.rows)
+    best = (
+        "Post-training: RTN, GPTQ and AWQ, symmetric and with zero points, of the student as it "
+        "came and of the one trained on; the best by these very scores."
+    )
+    return "\n".join([head, "", *table_of, "", best, "", longer_study(), "", chart])
+
+
+def telling_arms(arms: list[dict]) -> list[dict]:
+    """Arms of the README's table: the best post-training ones, and no variants of GRACE."""
+    low = [arm for arm in arms if METHODS[arm["method"]].quantized and not arm["trained"]]
+    tried = len({arm["label"] for arm in low})
+    best = [
+        {**max(of_bits, key=lambda arm: arm["total"]), "label": f"best of {tried} post-training"}
+        for bits in dict.fromkeys(arm["bits"] for arm in low)
+        for of_bits in [[arm for arm in low if arm["bits"] == bits]]
+    ]
+    trained = [a for a in arms if METHODS[a["method"]].quantized and a["trained"]]
+    whole = [arm for arm in arms if not METHODS[arm["method"]].quantized]
+    return [*whole, *best, *(arm for arm in trained if "-" not in arm["method"])]
+
+
+def longer_study() -> str:
+    """What the default study's arms at 4 bits reach with more steps."""
+    study = read_study(STUDIES / "default" / "longer")
+    resampled = Resampled(study["arms"])
+    arms = {arm["name"]: arm for arm in study["arms"]}
+    told = [
+        f"{arms[name]['label']}{f', {bits} bits' if bits < FULL else ''}, {total.value:.0f} "
+        f"[{total.low:.0f}, {total.high:.0f}]"
+        for name in ("control", "kd-4", "grace-4")
+        for total, bits in [(resampled.total(name), arms[name]["bits"])]
+    ]
+    steps = study["config"]["steps"]
+    return f"[With {steps:,} steps](studies/default/longer/report.md): {'; '.join(told)}."
 
 
 def quickstart() -> str:

@@ -28,6 +28,7 @@ from grace.study.resampling import Interval, Resampled
 HOLDS, FAILS, UNSEPARATED = "holds", "does not hold", "not separated"
 ABSENT = "not in this study"
 SOURCE = "arXiv 2601.22709"
+BFLOAT16 = "16"  # bits of a claim about what is not quantized
 FEWEST = 30  # errors, and answers that are none, behind a correlation
 # 97.5 % of Student's t, by degrees of freedom; with more than these the last is a little wide.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -84,9 +85,9 @@ def claims(
     found += _fairer(arms, by_pair)
     found += [_keeps(methods, resampled, bits) for bits in low if bits in _KEEPS]
     text = "distillation is above the student it began with, unquantized"  # by the same cards
-    found.append(_above(text, "76.7 and 67.3", "16", by_pair.get(("distil", "student"))))
+    found.append(_above(text, "76.7 and 67.3", BFLOAT16, by_pair.get(("distil", "student"))))
     text = "distillation is above training on without a teacher, unquantized"
-    found.append(_above(text, "", "16", by_pair.get(("distil", "control"))))
+    found.append(_above(text, "", BFLOAT16, by_pair.get(("distil", "control"))))
     found.append(_entropy(entropy))
     found += [_nearer(methods, bits) for bits in low]
     return found
@@ -155,13 +156,13 @@ def _entropy(entropy: EntropyError | None) -> Claim:
     text, paper = "the teacher errs where its entropy is high", f"r = {PAPER_R}"
     if entropy is None or entropy.r is None:
         never = "" if entropy is None else f"{entropy.errors} errors of {entropy.questions}"
-        return Claim(text, paper, "16", never, ABSENT)
+        return Claim(text, paper, BFLOAT16, never, ABSENT)
     r = entropy.r
     told = f"r = {r.value:.3f} [{r.low:.3f}, {r.high:.3f}]"
     verdict = HOLDS if r.low > 0 else FAILS if r.high < 0 else UNSEPARATED
     if min(entropy.errors, entropy.questions - entropy.errors) < FEWEST:
         told, verdict = f"{told}, of {entropy.errors} errors", UNSEPARATED
-    return Claim(text, paper, "16", told, verdict)
+    return Claim(text, paper, BFLOAT16, told, verdict)
 
 
 def _nearer(methods: Mapping[tuple[str, int], Mapping[str, Any]], bits: int) -> Claim:

@@ -16,7 +16,15 @@ from grace.study.comparisons import ABOVE, BELOW, ONE_SEED, UNSEPARATED, compare
 from grace.study.gather import FORMAT, VERSION
 from grace.study.plots import charts_of
 from grace.study.resampling import Resampled
-from grace.study.sections import Findings, Section, sections, titles_of
+from grace.study.sections import (
+    Example,
+    Findings,
+    example,
+    has_many_bits,
+    overview,
+    sections,
+    titles_of,
+)
 
 # Names that let the table fit a terminal of 80 columns.
 _SHORT = {
@@ -77,9 +85,8 @@ def write_report(path: Path, *, svg: bool = False) -> list[Path]:
     if svg:
         drawn += draw_charts(wanted, folder, "svg").values()
     markdown, html = folder / "report.md", folder / "report.html"
-    made = sections(study, found)
-    markdown.write_text(to_markdown(study, made, charts))
-    html.write_text(to_html(study, made, charts))
+    markdown.write_text(to_markdown(study, found, charts))
+    html.write_text(to_html(study, found, charts))
     return [markdown, *drawn, html]
 
 
@@ -106,6 +113,14 @@ def table(study: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
+def _first_table(study: Mapping[str, Any], found: Findings) -> tuple[list[str], list[list[str]]]:
+    """What a report begins with: `table`, or, with many numbers of bits, totals alone."""
+    if not has_many_bits(study):
+        return table(study)
+    shown = overview(study, found.resampled)
+    return shown.header, shown.rows
+
+
 def _label_errors(config: Mapping[str, Any]) -> list[str]:
     made = config.get("make") or {}
     shares = {"trained arms": config.get("label_errors", 0.0)}
@@ -123,13 +138,18 @@ def footnotes(study: Mapping[str, Any]) -> list[str]:
     seeds = max(len(arm["seeds"]) for arm in study["arms"])
     notes = [
         f"Scores are MME's (200 a subtask, 100·acc + 100·acc⁺) on {drawn['questions']} held-out "
-        f"questions about {drawn['images']} drawn images; ± is one standard error over images.",
+        f"questions about {drawn['images']} drawn images; "
+        + (
+            "with 95 % intervals, see below."
+            if has_many_bits(study)
+            else "± is one standard error over images."
+        ),
         f"Trained arms: {seeds} seed{'s' if seeds > 1 else ''}, {config['steps']} steps of "
         f"{config['batch_images']} images with {_of_an_image(config)} each, the same data for all; "
         + (
             "each method's options were swept, see below."
             if study.get("sweep")
-            else "how each method was tuned stands in studies/quickstart/tuning/report.md."
+            else "every method's options were set beforehand."
         )
         + (" One seed: the spread between seeds is not known." if seeds == 1 else ""),
         *_label_errors(config),
@@ -149,12 +169,13 @@ def footnotes(study: Mapping[str, Any]) -> list[str]:
         )
     if unfinished := study.get("unfinished"):
         notes.append(f"Not run yet: {_by_arm(unfinished)}.")
-    rates = [(title(arm), arm["agreement"]) for arm in study["arms"] if arm["deployed"]]
+    rates = [(arm["agreement"], title(arm)) for arm in study["arms"] if arm["deployed"]]
     if rates:
-        agreed = ", ".join(f"{name} {rate:.2%}" for name, rate in rates)
+        (least, worst), (most, _) = min(rates), max(rates)
         notes.append(
             "4- and 8-bit arms are scored as deployed: exported to compressed-tensors, loaded into "
-            f"packed layers. Answers that agree with the fake-quantized model's: {agreed}."
+            "packed layers. Answers that agree with the fake-quantized model's: "
+            + (f"{least:.2%} ({worst}) to {most:.2%}." if least < most else f"{least:.2%}.")
         )
     return notes
 
@@ -175,19 +196,18 @@ def _of_an_image(config: Mapping[str, Any]) -> str:
     return f"{config['questions_per_image']} questions"
 
 
-def to_markdown(
-    study: Mapping[str, Any], made: Sequence[Section], charts: Mapping[str, Path]
-) -> str:
+def to_markdown(study: Mapping[str, Any], found: Findings, charts: Mapping[str, Path]) -> str:
     """The table, what stands behind it, and all sections, as Markdown beside its charts."""
-    lines = [*_table(*table(study)), *(f"- {note}" for note in footnotes(study)), ""]
-    for section in made:
+    first = _table(*_first_table(study, found))
+    lines = [*first, *(f"- {note}" for note in footnotes(study)), ""]
+    for section in sections(study, found):
         lines += [f"## {section.heading}", ""]
         for shown in section.tables:
             lines += _table(shown.header, shown.rows)
         lines += [line for note in section.notes for line in (note, "")]
         lines += [f"![{name}]({charts[name].name})\n" for name in section.charts if name in charts]
-        for example in section.examples:
-            lines += [*_example(example, titles_of(study)), ""]
+        for answered in section.examples:
+            lines += [*_example(answered), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -199,26 +219,25 @@ def _row(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _example(shown: Mapping[str, Any], titles: Mapping[str, str]) -> list[str]:
-    answers = [f"- {titles[arm]}: {text}" for arm, text in shown["answers"].items()]
-    head = f"Example ({shown['subtask']}): {shown['question']} Truth: {shown['truth']}"
-    return [head, "", *answers]
+def _example(shown: Example) -> list[str]:
+    answers = [f"- {answer.text}: {answer.arms}" for answer in shown.answers]
+    return [f"Example ({shown.subtask}): {shown.question} Truth: {shown.truth}", "", *answers]
 
 
-def to_html(study: Mapping[str, Any], made: Sequence[Section], charts: Mapping[str, Path]) -> str:
+def to_html(study: Mapping[str, Any], found: Findings, charts: Mapping[str, Path]) -> str:
     """One HTML page with everything in it: images are embedded, nothing is fetched."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATE.parent), autoescape=True, undefined=StrictUndefined
     )
-    header, rows = table(study)
+    header, rows = _first_table(study, found)
     return environment.get_template(_TEMPLATE.name).render(
         study=study,
         header=header,
         rows=rows,
         notes=footnotes(study),
-        sections=made,
+        sections=sections(study, found),
         titles=titles_of(study),
         verdicts=_VERDICTS,
         student=next((a for a in study["arms"] if a["method"] == "student"), study["arms"][0]),
@@ -232,14 +251,16 @@ def print_report(study: Mapping[str, Any]) -> None:
     from rich.table import Table
 
     console = Console()
-    header, rows = table(study)
+    wide = has_many_bits(study)
+    header, rows = _first_table(study, findings(study)) if wide else table(study)
     shown = Table(box=None, padding=(0, 1, 0, 0), header_style="bold underline")
     for number, name in enumerate(header):
         justify: Any = "left" if number == 0 else "right"
-        shown.add_column(_SHORT.get(name, name), justify=justify, no_wrap=True)
+        shown.add_column(_SHORT.get(name, name), justify=justify, no_wrap=not wide)
     for row in rows:
+        row = [cell.replace(", ", ",\u00a0") for cell in row] if wide else row  # whole intervals
         shown.add_row(*row, style="bold" if row[0] == "GRACE" else None)
     console.print(shown, "")
     for note in footnotes(study):
         console.print(f"[dim]{note}[/dim]")
-    console.print("", *_example(study["example"], titles_of(study)), sep="\n", markup=False)
+    console.print("", *_example(example(study, study["example"])), sep="\n", markup=False)

@@ -6,21 +6,23 @@ study.json by this file and those it imports.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean, variance
 from typing import Any
 
 from grace.study.answers import PAPER_R, EntropyError
 from grace.study.arms import FULL
 from grace.study.candidates import RATE, at_edge, by_weights, named
 from grace.study.charts import title
-from grace.study.claims import SOURCE, Claim, signed
+from grace.study.claims import ABSENT, BFLOAT16, SOURCE, Claim, signed
 from grace.study.comparisons import Comparison, counterpart
 from grace.study.dots import alignments
 from grace.study.resampling import DRAWS, Interval, Resampled
+from grace.study.statistics import pair_scores
 
 Study = Mapping[str, Any]
-_FEW_BITS = 3  # numbers of bits (with none) that the long table shows at a glance
+_FEW_BITS = 3  # numbers of bits (with none) that a row an arm shows at a glance
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,26 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """What was said, whether it is right, and which arms (their first seeds) said it."""
+
+    text: str
+    right: bool
+    arms: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """A question about an image (PNG in base64), and the answers, right ones first."""
+
+    subtask: str
+    question: str
+    truth: str
+    image: str
+    answers: list[Answer]
+
+
+@dataclass(frozen=True)
 class Section:
     """A heading and what stands under it: tables first, then notes, charts (by name), examples."""
 
@@ -39,7 +61,7 @@ class Section:
     tables: list[Table] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     charts: list[str] = field(default_factory=list)
-    examples: list[Mapping[str, Any]] = field(default_factory=list)
+    examples: list[Example] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -56,6 +78,7 @@ def sections(study: Study, found: Findings) -> list[Section]:
     """The sections that the study has something for."""
     made = [
         _intervals(study, found.resampled),
+        _seeds(study),
         _kept(study, found.resampled),
         _differences(study, found.comparisons),
         _claims(found.claims),
@@ -82,13 +105,23 @@ def _percent(interval: Interval) -> str:
     return _shown(Interval(100 * interval.value, 100 * interval.low, 100 * interval.high), 1)
 
 
+def has_many_bits(study: Study) -> bool:
+    """Whether a table with a row a method and a column a number of bits tells more at a glance than
+    one with a row an arm."""
+    return len({arm["bits"] for arm in study["arms"]}) > _FEW_BITS
+
+
 def overview(study: Study, resampled: Resampled) -> Table:
     """Totals with 95 % intervals: a row a method, a column a number of bits."""
-    bits = sorted({arm["bits"] for arm in study["arms"]}, reverse=True)
+    return _by_bits(study["arms"], lambda arm: _shown(resampled.total(arm["name"])))
+
+
+def _by_bits(arms: Sequence[Mapping[str, Any]], told: Callable[[Mapping[str, Any]], str]) -> Table:
+    """What is `told` of every arm: a row a method, a column a number of bits."""
+    bits = sorted({arm["bits"] for arm in arms}, reverse=True)
     rows: dict[str, list[str]] = {}
-    for arm in study["arms"]:
-        row = rows.setdefault(arm["label"], [""] * len(bits))
-        row[bits.index(arm["bits"])] = _shown(resampled.total(arm["name"]))
+    for arm in arms:
+        rows.setdefault(arm["label"], [""] * len(bits))[bits.index(arm["bits"])] = told(arm)
     header = ["method", *("not quantized" if b == FULL else f"{b} bits" for b in bits)]
     return Table(header, [[label, *cells] for label, cells in rows.items()])
 
@@ -114,10 +147,31 @@ def _intervals(study: Study, resampled: Resampled) -> Section:
     if seeds == 1:
         notes.append("One seed: what another would change is in no interval.")
     header = ["method", *names, "total", "spread", "seeds"]
-    tables = [Table(header, rows)]
-    if len({arm["bits"] for arm in study["arms"]}) > _FEW_BITS:
-        tables.insert(0, overview(study, resampled))
-    return Section("Scores", tables, notes, ["scores", "subtasks", "bits", "sizes"])
+    charts = ["scores", "subtasks", "bits", "sizes"]
+    return Section("Scores", [Table(header, rows)], notes, charts)
+
+
+def _seeds(study: Study) -> Section | None:
+    """The subtask in which seeds differ the most, seed by seed: a mean says little where some runs
+    learn what others do not."""
+    several = [arm for arm in study["arms"] if arm["trained"] and len(arm["seeds"]) > 1]
+    if not several:
+        return None
+
+    def scores(arm: Mapping[str, Any], subtask: str) -> list[float]:
+        return [float(pair_scores(seed["right"][subtask]).mean()) for seed in arm["seeds"]]
+
+    spread = {s: fmean(variance(scores(a, s)) for a in several) for s in several[0]["subtasks"]}
+    most = max(spread, key=lambda subtask: spread[subtask])
+    told = _by_bits(several, lambda arm: " / ".join(f"{score:.0f}" for score in scores(arm, most)))
+    rest = sorted(spread[subtask] ** 0.5 for subtask in spread if subtask != most)
+    note = (
+        f"Seeds of trained arms differ the most in {most}, by {spread[most] ** 0.5:.1f} points "
+        "(root of the mean variance over arms)"
+        + (f", in others by {rest[0]:.1f} to {rest[-1]:.1f}" if rest else "")
+        + f". Its scores, seed by seed ({', '.join(str(s['seed']) for s in several[0]['seeds'])})."
+    )
+    return Section("Between seeds", [told], [note])
 
 
 def _kept(study: Study, resampled: Resampled) -> Section | None:
@@ -159,7 +213,14 @@ def _differences(study: Study, comparisons: Sequence[Comparison]) -> Section | N
 
 
 def _claims(claims: Sequence[Claim]) -> Section:
-    rows = [[claim.text, claim.bits, claim.paper, claim.found, claim.verdict] for claim in claims]
+    """A row a claim, a column a number of bits."""
+    bits = sorted({claim.bits for claim in claims}, key=int, reverse=True)
+    rows: dict[str, list[str]] = {}
+    for claim in claims:
+        row = rows.setdefault(claim.text, [claim.text, *[""] * (len(bits) + 1)])
+        row[2 + bits.index(claim.bits)] = _verdict(claim)
+        if claim.paper:
+            row[1] = claim.paper + ("" if claim.bits == BFLOAT16 else f" ({claim.bits} bits)")
     notes = [
         f"Claims of {SOURCE} and of the cards of its released models, with their numbers (other "
         "models, averages of other benchmarks). A difference holds, or does not, where p by Holm "
@@ -167,8 +228,16 @@ def _claims(claims: Sequence[Claim]) -> Section:
         "correlation and CKA where it is on one side of 0. The rules are those of "
         "grace.study.claims."
     ]
-    header = ["claim", "bits", "the paper", "this study", "verdict"]
-    return Section("The paper's claims", [Table(header, rows)], notes)
+    header = [
+        "claim",
+        "the paper",
+        *("not quantized" if b == BFLOAT16 else f"{b} bits" for b in bits),
+    ]
+    return Section("The paper's claims", [Table(header, list(rows.values()))], notes)
+
+
+def _verdict(claim: Claim) -> str:
+    return claim.verdict if claim.verdict == ABSENT else f"{claim.verdict}: {claim.found}"
 
 
 def _entropy(entropy: EntropyError | None) -> Section | None:
@@ -224,5 +293,26 @@ def _sweep(study: Study) -> Section | None:
 
 def _examples(study: Study) -> Section | None:
     shown = study.get("examples") or [study.get("example")]
-    shown = [example for example in shown if example]
-    return Section("Where methods disagree", examples=list(shown)) if shown else None
+    made = [example(study, each) for each in shown if each]
+    return Section("Where methods disagree", examples=made) if made else None
+
+
+def example(study: Study, shown: Mapping[str, Any]) -> Example:
+    """One of the study's examples, its arms by what they answered."""
+    said: dict[str, dict[str, list[str]]] = {}
+    for arm in study["arms"]:
+        if arm["name"] in shown["answers"]:
+            labels = said.setdefault(shown["answers"][arm["name"]], {})
+            bits = [] if arm["bits"] == FULL else [str(arm["bits"])]
+            labels.setdefault(arm["label"], []).extend(bits)
+    truth = shown["truth"]
+    answers = [
+        Answer(text, text.lower() == truth.lower(), "; ".join(_who(*item) for item in who.items()))
+        for text, who in said.items()
+    ]
+    answers.sort(key=lambda answer: not answer.right)
+    return Example(shown["subtask"], shown["question"], truth, shown["image"], answers)
+
+
+def _who(label: str, bits: Sequence[str]) -> str:
+    return f"{label} ({', '.join(bits)} bits)" if bits else label

@@ -95,14 +95,15 @@ def _mean_beta(folder: Path) -> float | None:
 def told(config: StudyConfig) -> list[str]:
     """What is swept and what is not, in sentences."""
     if config.sweep is None:
-        return ["Learning rates are not swept in this study."]
-    count, bits = len(config.sweep.learning_rates), " and ".join(map(str, config.sweep.bits))
-    lines = [
-        f"Every swept method tries {count} candidates, at {bits} bits with seed "
-        f"{config.sweep.seed} only. Arms take the best of the nearest bits (of two as near, of the "
-        "lower), all seeds the same.",
-        _weights_told(config),
-    ]
+        lines = ["Nothing is swept in this study."]
+    else:
+        count, bits = len(config.sweep.learning_rates), " and ".join(map(str, config.sweep.bits))
+        lines = [
+            f"Every swept method tries {count} candidates, at {bits} bits with seed "
+            f"{config.sweep.seed} only. Arms take the best of the nearest bits (of two as near, of "
+            "the lower), all seeds the same.",
+            _weights_told(config),
+        ]
     if config.tuned:
         fixed = "; ".join(f"{name}: {_options(own)}" for name, own in config.tuned.items())
         lines.append(f"Set beforehand, and not swept here: {fixed}.")
@@ -110,7 +111,7 @@ def told(config: StudyConfig) -> list[str]:
         lines.append(f"GRACE here is not GRACE as published: {apart}.")
     lines += config.notes
     variants = [m for m in config.arms if _is_variant(m)]
-    if variants and not config.sweep.ablations:
+    if variants and (config.sweep is None or not config.sweep.ablations):
         lines.append(f"{', '.join(variants)} take the options of grace.")
     return lines
 

@@ -16,7 +16,7 @@ from grace.study.answers import as_json, entropy_error, from_json
 from grace.study.comparisons import ABOVE, BELOW, ONE_SEED, compare, counterpart, partners
 from grace.study.report import findings, footnotes, write_report
 from grace.study.resampling import Interval, Resampled
-from grace.study.sections import sections
+from grace.study.sections import example, sections
 
 SWEEP = {
     "qat-4": {
@@ -57,6 +57,17 @@ def make_arms(**shares: float) -> list[dict[str, Any]]:
     plain = studies.rights(random, 0.61, seeds=2, images=200)
     arms.append(studies.arm("rtn-4-control", plain, bits=4, start="control"))
     return arms
+
+
+def at_bits(arms: list[dict[str, Any]], *more: int) -> list[dict[str, Any]]:
+    """The arms, and those of 4 bits at others, too."""
+    low = [arm for arm in arms if arm["bits"] == 4]
+    others = [
+        {**arm, "name": arm["name"].replace("-4", f"-{bits}"), "bits": bits}
+        for bits in more
+        for arm in low
+    ]
+    return [*arms, *others]
 
 
 def test_what_is_compared() -> None:
@@ -163,10 +174,7 @@ def test_alignment_is_read_against_its_spread_between_seeds() -> None:
 
 def test_the_numbers_decide_and_nothing_else() -> None:
     """The paper's own numbers stand at its bits only, and verdicts follow intervals."""
-    arms = make_arms()
-    for item in make_arms():
-        if item["bits"] == 4:
-            arms.append({**item, "name": item["name"].replace("-4", "-3"), "bits": 3})
+    arms = at_bits(make_arms(), 3)
     resampled = Resampled(arms, draws=1000)
     made = c.claims(arms, compare(arms, resampled), resampled, None)
     above = [claim for claim in made if claim.text == "GRACE is above round-to-nearest"]
@@ -223,7 +231,8 @@ def test_the_report_holds_everything_and_stands_alone(run: list[Path]) -> None:
     for name in charts:
         assert f"![{name}]({name}.png)" in markdown
     for text in (
-        "## Paired differences", "## The paper's claims", "| GRACE is above round-to-nearest | 4 |",
+        "## Paired differences", "## The paper's claims",
+        "| GRACE is above round-to-nearest | 67.2 and 65.2 (4 bits) |",
         "Pearson's r", "the paper has 0.484", "0.001 (at the edge: learning_rate)",
         "0.0001 (at the edge: learning_rate, beta_init)", "Nothing else is swept.",
         "| GRACE, 4 bits | 0.500 | 0.900 | +0.400 |", "Another?",
@@ -255,6 +264,65 @@ def test_numbers_in_the_tables_are_the_study_s(whole: dict) -> None:
     row = differences["GRACE, 4 bits − RTN, 4 bits"]
     assert row[1].startswith(f"{round(points):+d} [")
     assert row[4] == ABOVE
+
+
+def test_many_bits_stand_beside_each_other(tmp_path: Path) -> None:
+    arms = at_bits(make_arms(), 3, 2)
+    write(tmp_path / "run", studies.study(arms))
+    markdown = (tmp_path / "run" / "report.md").read_text()
+    assert markdown.startswith("| method | not quantized | 4 bits | 3 bits | 2 bits |")
+    (claim,) = re.findall(r"^\| GRACE is above round-to-nearest .*", markdown, re.MULTILINE)
+    assert claim.count("| holds: +") == 3
+    (absent,) = re.findall(r"^\| the adaptive β helps .*", markdown, re.MULTILINE)
+    assert absent == f"| the adaptive β helps |  |  | {' | '.join([c.ABSENT] * 3)} |"
+
+
+def test_what_differs_between_seeds_is_told_seed_by_seed() -> None:
+    arms = make_arms()
+    grace = next(arm for arm in arms if arm["name"] == "grace-4")
+    for seed, digit in zip(grace["seeds"], "12", strict=True):
+        seed["right"] = {**seed["right"], "count": digit * 200}
+    made = sections(studies.study(arms), findings(studies.study(arms)))
+    (section,) = [s for s in made if s.heading == "Between seeds"]
+    rows = {row[0]: row[1:] for row in section.tables[0].rows}
+    assert section.tables[0].header == ["method", "not quantized", "4 bits"]
+    assert rows["GRACE"] == ["", "50 / 200"]
+    assert "RTN" not in rows
+    assert "differ the most in count" in section.notes[0]
+    assert section.notes[0].endswith("seed by seed (0, 1).")
+    once = [{**arm, "seeds": arm["seeds"][:1]} for arm in arms]
+    made = sections(studies.study(once), findings(studies.study(once)))
+    assert not [s for s in made if s.heading == "Between seeds"]
+
+
+def test_examples_are_told_by_answer() -> None:
+    arms = at_bits(make_arms(), 3)
+    study = studies.study(arms)
+    said = dict.fromkeys(study["example"]["answers"], "Yes") | {"student": "red", "rtn-3": "No"}
+    said |= {"rtn-4": "No", "gptq-3": "No"}
+    shown = example(study, {**study["example"], "answers": said, "truth": "No"})
+    assert [(answer.text, answer.right) for answer in shown.answers] == [
+        ("No", True), ("Yes", False), ("red", False),
+    ]  # fmt: skip
+    no, yes, red = (answer.arms for answer in shown.answers)
+    assert no == "RTN (4, 3 bits); GPTQ (3 bits)"
+    assert red == "STUDENT"
+    assert {"TEACHER", "GPTQ (4 bits)", "GRACE (4, 3 bits)"} <= set(yes.split("; "))
+    del said["grace-4"]  # of a study whose example has not all arms
+    assert "GRACE (3 bits)" in example(study, {**study["example"], "answers": said}).answers[0].arms
+
+
+def test_agreement_is_a_range(whole: dict) -> None:
+    def told(*rates: float) -> str:
+        arms = [dict(arm) for arm in whole["arms"]]
+        for arm, rate in zip(arms[4:], rates, strict=False):
+            arm |= {"deployed": True, "agreement": rate}
+        (note,) = [n for n in footnotes({**whole, "arms": arms}) if "agree with" in n]
+        return note
+
+    worst = whole["arms"][5]["label"]
+    assert told(0.999, 0.985, 0.99).endswith(f"model's: 98.50% ({worst}, 4 bits) to 99.90%.")
+    assert told(1.0, 1.0).endswith("model's: 100.00%.")
 
 
 def test_a_study_with_nothing_optional(tmp_path: Path) -> None:
@@ -319,15 +387,8 @@ def test_charts_of_many_arms_have_a_panel_a_number_of_bits(tmp_path: Path) -> No
     from PIL import Image
 
     few = make_arms()
-    low = [arm for arm in few if arm["bits"] != 32]
-    more = [
-        {**arm, "name": arm["name"].replace("-4", f"-{bits}"), "bits": bits}
-        for bits in (3, 2)
-        for arm in low
-        if arm["bits"] == 4
-    ]
     sizes = {}
-    for name, arms in (("few", few), ("many", [*few, *more])):
+    for name, arms in (("few", few), ("many", at_bits(few, 3, 2))):
         curve = [{"step": step, "ce": 1 / step, "rcka": 0.1} for step in (1, 2)]
         curves = {arm["name"]: curve for arm in arms if arm["trained"]}
         write(tmp_path / name, studies.study(arms, curves=curves))
@@ -344,5 +405,5 @@ def test_charts_of_many_arms_have_a_panel_a_number_of_bits(tmp_path: Path) -> No
     assert head in text["many"]
     assert head not in text["few"]
     row = next(line for line in text["many"].split(head)[1].splitlines() if "| GRACE |" in line)
-    total = Resampled([*few, *more]).total("grace-3")
+    total = Resampled(at_bits(few, 3, 2)).total("grace-3")
     assert row.split("|")[4].strip() == f"{total.value:.0f} [{total.low:.0f}, {total.high:.0f}]"
