@@ -202,10 +202,11 @@ def to_markdown(study: Mapping[str, Any], found: Findings, charts: Mapping[str, 
     lines = [*first, *(f"- {note}" for note in footnotes(study)), ""]
     for section in sections(study, found):
         lines += [f"## {section.heading}", ""]
-        for shown in section.tables:
-            lines += _table(shown.header, shown.rows)
-        lines += [line for note in section.notes for line in (note, "")]
         lines += [f"![{name}]({charts[name].name})\n" for name in section.charts if name in charts]
+        for shown in section.tables:
+            rows = _table(shown.header, shown.rows)
+            lines += _folded(rows, len(shown.rows)) if shown.folded else rows
+        lines += [line for note in section.notes for line in (note, "")]
         for answered in section.examples:
             lines += [*_example(answered), ""]
     return "\n".join(lines).rstrip() + "\n"
@@ -213,6 +214,10 @@ def to_markdown(study: Mapping[str, Any], found: Findings, charts: Mapping[str, 
 
 def _table(header: list[str], rows: list[list[str]]) -> list[str]:
     return [_row(header), _row(["---"] * len(header)), *map(_row, rows), ""]
+
+
+def _folded(lines: list[str], rows: int) -> list[str]:
+    return [f"<details><summary>{rows} rows</summary>", "", *lines, "</details>", ""]
 
 
 def _row(cells: list[str]) -> str:

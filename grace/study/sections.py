@@ -22,6 +22,7 @@ from grace.study.resampling import DRAWS, Interval, Resampled
 from grace.study.statistics import pair_scores
 
 Study = Mapping[str, Any]
+_LONG = 30  # rows
 _FEW_BITS = 3  # numbers of bits (with none) that a row an arm shows at a glance
 
 
@@ -31,6 +32,11 @@ class Table:
 
     header: list[str]
     rows: list[list[str]]
+
+    @property
+    def folded(self) -> bool:
+        """Whether it is so long that a page shows it when asked to."""
+        return len(self.rows) > _LONG
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what stands under it: tables first, then notes, charts (by name), examples."""
+    """A heading and what stands under it: charts (by name), tables, notes, examples."""
 
     heading: str
     tables: list[Table] = field(default_factory=list)
@@ -78,10 +84,10 @@ def sections(study: Study, found: Findings) -> list[Section]:
     """The sections that the study has something for."""
     made = [
         _intervals(study, found.resampled),
+        _claims(found.claims),
         _seeds(study),
         _kept(study, found.resampled),
         _differences(study, found.comparisons),
-        _claims(found.claims),
         _entropy(found.entropy),
         _alignment(study),
         _training(study),

@@ -273,6 +273,10 @@ def test_many_bits_stand_beside_each_other(tmp_path: Path) -> None:
     assert markdown.startswith("| method | not quantized | 4 bits | 3 bits | 2 bits |")
     (claim,) = re.findall(r"^\| GRACE is above round-to-nearest .*", markdown, re.MULTILINE)
     assert claim.count("| holds: +") == 3
+    assert "<details><summary>31 rows</summary>\n\n| method | existence |" in markdown
+    html = (tmp_path / "run" / "report.html").read_text()
+    assert html.count("<details>") == html.count("</details>") == markdown.count("<details>")
+    assert '<td class="good">holds: +' in html
     (absent,) = re.findall(r"^\| the adaptive β helps .*", markdown, re.MULTILINE)
     assert absent == f"| the adaptive β helps |  |  | {' | '.join([c.ABSENT] * 3)} |"
 
