@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -54,6 +55,9 @@ def export_tiny(directory: Path, bits: int = 4, source: Path | None = None) -> A
 
 def import_slowly(src: Path, out: Path, begun: Path) -> None:
     """Imports over what is there, and stops for a minute when the first shard is written."""
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a job in a shell's background has none
     save = shards.save_file
 
     def slow(*arguments: Any, **options: Any) -> None:

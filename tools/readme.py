@@ -20,8 +20,7 @@ from benchmarks.plot_training_step import steps  # noqa: E402
 from benchmarks.results import since  # noqa: E402
 from benchmarks.results import table as benchmark_table  # noqa: E402
 from grace.study.arms import FULL, METHODS  # noqa: E402
-from grace.study.report import footnotes, read_study, table  # noqa: E402
-from grace.study.resampling import Resampled  # noqa: E402
+from grace.study.report import footnotes, read_study, resample, table  # noqa: E402
 from grace.study.sections import overview  # noqa: E402
 
 STUDIES = ROOT / "studies"
@@ -50,7 +49,7 @@ def default_study() -> str:
     )
     if left := study.get("unfinished"):
         head += f" Not run yet: {len(left)} of the arms, a seed each."
-    resampled = Resampled(arms)
+    resampled = resample(study)
     shown = overview({"arms": telling_arms(arms)}, resampled)
     chart = "![Score over bits](studies/default/bits.png)"
     table_of = as_table(shown.header, shown.rows)
@@ -78,7 +77,7 @@ def telling_arms(arms: list[dict]) -> list[dict]:
 def longer_study() -> str:
     """What the default study's arms at 4 bits reach with more steps."""
     study = read_study(STUDIES / "default" / "longer")
-    resampled = Resampled(study["arms"])
+    resampled = resample(study)
     arms = {arm["name"]: arm for arm in study["arms"]}
     told = [
         f"{arms[name]['label']}{f', {bits} bits' if bits < FULL else ''}, {total.value:.0f} "

@@ -38,19 +38,60 @@ class EntropyError:
     bins: tuple[tuple[float, float, float], ...] = ()
 
 
+def wordings(answers: Answers) -> dict[str, list[int]]:
+    """By subtask, a number for every pair of neighbouring images, in their order: that of what the
+    two ask, so that pairs with the same questions have the same. A last image without another is
+    left out, as in `grace.study.statistics`."""
+    found: dict[str, list[int]] = {}
+    for (subtask, _), (number, images) in _asked(answers).items():
+        found.setdefault(subtask, []).extend([number] if images == 2 else [])
+    return found
+
+
+def _asked(answers: Answers) -> dict[tuple[str, int], tuple[int, int]]:
+    """Of every subtask and pair: the number of what it asks, and how many images it has."""
+    pairs = _pairs(answers)
+    asked: dict[tuple[str, int], set[str]] = {}
+    images: dict[tuple[str, int], set[int]] = {}
+    for pair, image, question in zip(pairs, answers["image"], answers["question"], strict=True):
+        asked.setdefault(pair, set()).add(str(question))
+        images.setdefault(pair, set()).add(int(image))
+    numbers: dict[tuple[str, frozenset[str]], int] = {}
+    return {
+        pair: (numbers.setdefault((pair[0], frozenset(each)), len(numbers)), len(images[pair]))
+        for pair, each in asked.items()
+    }
+
+
+def _pairs(answers: Answers) -> list[tuple[str, int]]:
+    """Of every question its subtask, and there the number of its image's pair."""
+    places: dict[str, dict[int, int]] = {}
+    found = []
+    for subtask, image in zip(answers["subtask"], answers["image"], strict=True):
+        own = places.setdefault(str(subtask), {})
+        found.append((str(subtask), own.setdefault(int(image), len(own)) // 2))
+    return found
+
+
 def entropy_error(answers: Answers, teacher: str) -> EntropyError:
     """Of the answers of `teacher`, named `teacher-s<seed>`, as in the paper's figure: the interval
-    is over pairs of twin images."""
+    is over pairs of twin images, those that ask the same together."""
     entropy = answers[f"entropy.{teacher}"].astype(np.float64)
     wrong = ~answers[f"right.{teacher}"].astype(bool)
     return EntropyError(
-        r=pearson(entropy, wrong.astype(np.float64), answers["image"] // 2),
+        r=pearson(entropy, wrong.astype(np.float64), _clusters(answers)),
         questions=len(wrong),
         errors=int(wrong.sum()),
         mean=float(entropy.mean()),
         deviations=(float(entropy.std()), float(wrong.std())),
         bins=tuple(_bins(entropy, wrong)),
     )
+
+
+def _clusters(answers: Answers) -> np.ndarray:
+    """Of every question, the number of what its pair of images asks."""
+    asked = _asked(answers)
+    return np.array([asked[pair][0] for pair in _pairs(answers)])
 
 
 def as_json(found: EntropyError) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from grace.study.answers import as_json, disagreements, entropy_error
+from grace.study.answers import as_json, disagreements, entropy_error, wordings
 from grace.study.arms import METHODS, Arm, arms_of
 from grace.study.config import StudyConfig
 from grace.study.questions import Questions
@@ -42,7 +42,8 @@ def gather(
 ) -> dict[str, Any]:
     """The study as JSON, of the arms that are done; writes questions.npz beside it.
 
-    Keys: `config`, `environment`, `benchmark` (images, questions, subtasks), `seconds`, `arms`
+    Keys: `config`, `environment`, `benchmark` (images, questions, subtasks, `wordings`: which pairs
+    of images ask the same, see `grace.study.answers.wordings`), `seconds`, `arms`
     (in order, see `_arm`), `differences` (paired, of every arm to the control and to the methods
     before it at its bits), `examples` (images with every arm's answer; `example` is the first),
     `curves` (rows of metrics.jsonl by arm, of its first seed), `betas` (by arm and seed, [step,
@@ -85,6 +86,7 @@ def summarize(
             "images": sum(subtask["images"] for subtask in first["subtasks"].values()),
             "prompt": first["prompt"],
             "levels": list(results[0]["levels"]),
+            "wordings": wordings(answers),
         },
         "arms": [_arm(arm, own) for arm, own in by_arm.items()],
         "differences": _differences(by_arm),

@@ -90,10 +90,15 @@ def write_report(path: Path, *, svg: bool = False) -> list[Path]:
     return [markdown, *drawn, html]
 
 
+def resample(study: Mapping[str, Any]) -> Resampled:
+    """The study's arms, drawn again as its questions allow."""
+    return Resampled(study["arms"], study["benchmark"].get("wordings"))
+
+
 def findings(study: Mapping[str, Any]) -> Findings:
     """What is computed of a study: intervals, comparisons, claims, the teacher's entropy."""
     arms = study["arms"]
-    resampled = Resampled(arms)
+    resampled = resample(study)
     comparisons = compare(arms, resampled)
     entropy = from_json(study.get("teacher_entropy"))
     return Findings(resampled, comparisons, claims(arms, comparisons, resampled, entropy), entropy)

@@ -1,7 +1,9 @@
 """Intervals and p values of scores: a bootstrap over images, and t draws for seeds.
 
 What is drawn again is a pair of twin images with its four questions (`grace.study.statistics`),
-within its subtask, and for all arms alike: differences are paired by image.
+within its subtask, and for all arms alike: differences are paired by image. Pairs that ask the same
+are drawn together, where study.json says which these are: an arm that knows a color knows it in all
+its pictures, and an interval is to hold for other colors, too.
 
 What another seed would change is added to every draw of an arm with n of them: s · t / √n, with t
 drawn from Student's distribution. s² is the variance between seeds, pooled over arms of one kind
@@ -55,8 +57,13 @@ class Resampled:
 
     Args:
         arms: of study.json; each has `name` and `seeds` with `seed` and `right`.
+        wordings: of study.json's `benchmark`: by subtask, a number for every pair of images, the
+            same for pairs that ask the same; without it every pair is drawn by itself.
         draws: how often.
         seed: of the draws: the same study gives the same report.
+
+    Raises:
+        ValueError: `wordings` has not a number for every pair.
 
     Attributes:
         subtasks: their names.
@@ -64,7 +71,12 @@ class Resampled:
     """
 
     def __init__(
-        self, arms: Sequence[Mapping[str, Any]], *, draws: int = DRAWS, seed: int = 0
+        self,
+        arms: Sequence[Mapping[str, Any]],
+        wordings: Mapping[str, Sequence[int]] | None = None,
+        *,
+        draws: int = DRAWS,
+        seed: int = 0,
     ) -> None:
         self.subtasks = list(arms[0]["seeds"][0]["right"])
         columns = [(arm["name"], item["right"]) for arm in arms for item in arm["seeds"]]
@@ -77,7 +89,7 @@ class Resampled:
         by_seed: dict[str, np.ndarray] = {}
         for subtask in self.subtasks:
             values = np.stack([pair_scores(right[subtask]) for _, right in columns])
-            drawn = _image_draws(values, draws, random)
+            drawn = _image_draws(values, _groups(wordings, subtask, values), draws, random)
             by_seed[subtask] = values.mean(1)
             for name, own in places.items():
                 self.scores[name][subtask] = float(values[own].mean())
@@ -160,14 +172,33 @@ def cluster_counts(clusters: int, draws: int, random: np.random.Generator) -> np
     return random.multinomial(clusters, np.full(clusters, 1 / clusters), size=draws)
 
 
-def _image_draws(values: np.ndarray, draws: int, random: np.random.Generator) -> np.ndarray:
-    """Means of `values` [columns, pairs] over drawn pairs, [draws, columns]."""
+def _groups(
+    wordings: Mapping[str, Sequence[int]] | None, subtask: str, values: np.ndarray
+) -> np.ndarray:
+    """The group of every pair, 0 to one less than there are."""
     pairs = values.shape[1]
-    rows = max(1, _CHUNK // max(1, pairs))
-    parts = [
-        cluster_counts(pairs, min(rows, draws - start), random) @ values.T / pairs
-        for start in range(0, draws, rows)
-    ]
+    if wordings is None:
+        return np.arange(pairs)
+    if len(wordings[subtask]) != pairs:
+        raise ValueError(
+            f"study: wordings of {subtask} must be a number for each of {pairs} pairs of images, "
+            f"got {len(wordings[subtask])}"
+        )
+    return np.unique(wordings[subtask], return_inverse=True)[1]
+
+
+def _image_draws(
+    values: np.ndarray, groups: np.ndarray, draws: int, random: np.random.Generator
+) -> np.ndarray:
+    """Means of `values` [columns, pairs] over drawn groups of pairs, [draws, columns]."""
+    count = int(groups.max()) + 1 if len(groups) else 0
+    sizes = np.bincount(groups, minlength=count)
+    sums = np.stack([np.bincount(groups, row, minlength=count) for row in values], axis=1)
+    rows = max(1, _CHUNK // max(1, count))
+    parts = []
+    for start in range(0, draws, rows):
+        drawn = cluster_counts(count, min(rows, draws - start), random)
+        parts.append(drawn @ sums / (drawn @ sizes)[:, None])
     return np.concatenate(parts)
 
 

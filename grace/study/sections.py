@@ -142,13 +142,16 @@ def _intervals(study: Study, resampled: Resampled) -> Section:
         total = _shown(resampled.total(arm["name"]))
         rows.append([title(arm), *cells, total, spread, str(len(arm["seeds"]))])
     seeds = max(len(arm["seeds"]) for arm in study["arms"])
+    grouped = bool(study["benchmark"].get("wordings"))
     notes = [
-        f"95 % intervals: {DRAWS:,} bootstrap draws of pairs of twin images with their questions, "
-        "within subtasks, and what another seed would change, by Student's t with the variance "
+        f"95 % intervals: {DRAWS:,} bootstrap draws of pairs of twin images with their questions"
+        + (" (those that ask the same together)" if grouped else "")
+        + ", within subtasks, and what another seed would change, by Student's t with the variance "
         "between seeds of all arms of a kind (trained under a teacher, trained without one, "
         "post-training) at a number of bits, or the arm's own where that is larger. They speak of "
-        "new pictures of the same questions, and of this student and teacher. The spread is the "
-        "standard deviation of the total between seeds.",
+        + ("other questions of their kind" if grouped else "new pictures of the same questions")
+        + ", and of this student and teacher. The spread is the standard deviation of the total "
+        "between seeds.",
     ]
     if seeds == 1:
         notes.append("One seed: what another would change is in no interval.")

@@ -6,7 +6,7 @@ import made_studies as studies
 import numpy as np
 import pytest
 
-from grace.study.answers import disagreements, pearson
+from grace.study.answers import disagreements, entropy_error, pearson, wordings
 from grace.study.resampling import Resampled, cluster_counts, holm, p_value
 from grace.study.statistics import pair_scores, paired_difference, total_error
 
@@ -39,6 +39,68 @@ def test_differences_are_paired_by_image() -> None:
     same = found.difference("a", "d")
     assert (same.value, same.low, same.high, same.p) == (0, 0, 0, 1)
     assert found.difference("b", "a").value == -near.value
+
+
+def _grouped(random: np.random.Generator, groups: int, pairs: int) -> str:
+    """Digits of images: what is known of a group is known in all its pairs."""
+    share = np.repeat(random.choice([0.5, 0.9], groups), 2 * pairs)
+    return "".join(map(str, random.binomial(2, share)))
+
+
+def test_pairs_that_ask_the_same_are_drawn_together() -> None:
+    """The interval is that of the mean over groups, of a difference as of a score; of groups of one
+    pair that of pairs."""
+    random = np.random.default_rng(6)
+    one, other = ([{"count": _grouped(random, 60, 8)}] for _ in range(2))
+    arms = [studies.arm("a", one), studies.arm("b", other)]
+    groups = np.repeat(np.arange(60), 8)
+    order = random.permutation(480)  # wherever they stand
+    for arm in arms:
+        (seed,) = arm["seeds"]
+        pairs = np.array(list(seed["right"]["count"])).reshape(480, 2)[order]
+        seed["right"] = {"count": "".join(pairs.ravel())}
+    found = Resampled(arms, {"count": groups[order].tolist()})
+    values = [pair_scores(arm["seeds"][0]["right"]["count"]) for arm in arms]
+    means = [[v[groups[order] == group].mean() for group in range(60)] for v in values]
+    width = 2 * 1.96 * np.std(means[0], ddof=1) / np.sqrt(60)
+    total = found.total("a")
+    assert total.value == pytest.approx(values[0].mean())
+    assert total.high - total.low == pytest.approx(width, rel=0.06)
+    apart = found.difference("a", "b")
+    width = 2 * 1.96 * np.std(np.subtract(*means), ddof=1) / np.sqrt(60)
+    assert apart.high - apart.low == pytest.approx(width, rel=0.06)
+    alone = Resampled(arms).total("a")
+    assert alone.high - alone.low < 0.6 * (total.high - total.low)
+    assert Resampled(arms, {"count": list(range(480))}).total("a") == alone
+    with pytest.raises(ValueError, match="wordings of count must be a number for each of 480"):
+        Resampled(arms, {"count": [0, 1]})
+
+
+def test_groups_weigh_as_many_pairs_as_they_have() -> None:
+    """A mean over drawn pairs, not over groups: unequal groups move no estimate."""
+    right = [{"count": "2222" * 15 + "0000" * 5}]  # 30 pairs in one group, ten alone
+    found = Resampled([studies.arm("a", right)], {"count": [0] * 30 + list(range(1, 11))})
+    assert found.total("a").value == 150
+    drawn = found._total("a")
+    assert set(np.unique(drawn)) <= {200 * 3 * k / (3 * k + (11 - k) / 10) for k in range(12)}
+
+
+def test_wordings_are_numbered_by_what_pairs_ask() -> None:
+    questions = ["a?", "b?"] * 2 + ["b?", "a?"] * 2 + ["a?", "c?"] * 2 + ["a?", "b?"] * 2 + ["a?"]
+    subtask = ["one"] * 12 + ["two"] * 5
+    images = [n // 2 for n in range(16)] + [8]
+    answers = {
+        "subtask": np.array(subtask), "image": np.array(images), "question": np.array(questions)
+    }  # fmt: skip
+    assert wordings(answers) == {"one": [0, 0, 1], "two": [2]}  # the last image is alone
+    # Four copies of a question are no more than one: the interval of r is as wide.
+    known = studies.questions(np.random.default_rng(7), 400)
+    more = {name: np.tile(values, 4) for name, values in known.items()}
+    more["image"] = np.arange(1600, dtype=np.int32) // 2
+    one, four = (entropy_error(each, "teacher-s0").r for each in (known, more))
+    assert one is not None
+    assert four is not None
+    assert four.high - four.low == pytest.approx(one.high - one.low, rel=0.1)
 
 
 def test_seeds_widen_by_t_times_the_standard_error_of_their_mean() -> None:
