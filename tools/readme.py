@@ -20,7 +20,9 @@ from benchmarks.plot_training_step import steps  # noqa: E402
 from benchmarks.results import since  # noqa: E402
 from benchmarks.results import table as benchmark_table  # noqa: E402
 from grace.study.arms import FULL, METHODS  # noqa: E402
-from grace.study.report import footnotes, read_study, resample, table  # noqa: E402
+from grace.study.claims import signed  # noqa: E402
+from grace.study.comparisons import ABOVE, UNSEPARATED  # noqa: E402
+from grace.study.report import findings, footnotes, read_study, resample, table  # noqa: E402
 from grace.study.sections import overview  # noqa: E402
 
 STUDIES = ROOT / "studies"
@@ -57,7 +59,29 @@ def default_study() -> str:
         "Post-training: RTN, GPTQ and AWQ, symmetric and with zero points, of the student as it "
         "came and of the one trained on; the best by these very scores."
     )
-    return "\n".join([head, "", *table_of, "", best, "", longer_study(), "", chart])
+    parts = [reading(study), longer_study(), chart]
+    return "\n".join([head, "", *table_of, "", best, *(x for part in parts for x in ("", part))])
+
+
+def reading(study: dict) -> str:
+    """What GRACE is above, and that plain distillation is not told apart from it; ValueError where
+    the results say something else."""
+    found = {(c.arm, c.to): c for c in findings(study).comparisons}
+    low = sorted({arm["bits"] for arm in study["arms"]} - {FULL}, reverse=True)
+    above, best = [], []
+    for bits in low:
+        others = [arm for arm in study["arms"] if arm["bits"] == bits and not arm["trained"]]
+        ours = [found[f"grace-{bits}", name] for name in ("control", *(a["name"] for a in others))]
+        against_kd = found[f"grace-{bits}", f"kd-{bits}"]
+        if {c.verdict for c in ours} != {ABOVE} or against_kd.verdict != UNSEPARATED:
+            raise ValueError(f"the README's sentence about {bits} bits must be another now")
+        above.append(f"{signed(ours[0].difference)} at {bits} bits")
+        best.append(f"{min(round(c.difference.value) for c in ours[1:])} at {bits} bits")
+    return (
+        f"GRACE minus the student trained on as long: {', '.join(above)}. GRACE minus the best "
+        f"post-training arm: {', '.join(best)}. QAT under plain distillation (QAT + KD) is not "
+        "told apart from GRACE at any bits."
+    )
 
 
 def telling_arms(arms: list[dict]) -> list[dict]:
