@@ -141,6 +141,15 @@ def test_parts_of_grace(study: dict[str, Any], found: Findings) -> None:
     assert "0.505" in entropy.found
 
 
+def test_what_was_best_at_the_edge(study: dict[str, Any]) -> None:
+    """At 4 bits both had the largest weight that was tried."""
+    for arm, weight in (("kd-4", "beta_init"), ("grace-4", "omega")):
+        swept = study["sweep"][arm]
+        assert len(swept["candidates"]) == 6
+        assert swept["chosen"][weight] == max(each[weight] for each in swept["candidates"])
+        assert swept["at_edge"] == [weight]
+
+
 def test_what_is_kept(found: Findings) -> None:
     kept = [c for c in found.claims if "of the distilled student" in c.text]
     assert [c.found.split("%")[0] for c in kept] == ["99.7", "96.9"]
