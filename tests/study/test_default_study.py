@@ -187,6 +187,7 @@ def test_who_has_left_the_plateau(study: dict[str, Any], longer: dict[str, Any])
     assert sum(of_4_bits) + left["grace-per-channel-4"] > 6
     assert {left[f"kd-{bits}"] for bits in BITS} == {0}
     assert left["control"] == 0
+    assert max(_position(longer, "control")) < PLATEAU
     assert [round(score) for score in _position(longer, "grace-4")] == [150, 148, 150]
     assert [round(score) for score in _position(longer, "kd-4")] == [125, 125, 150]
 
